@@ -1,0 +1,27 @@
+# Two commands work on a bare machine with Python 3.11+ and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: setup demo test test-all proof check bench cards
+
+setup: .setup-done
+
+.setup-done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+test: setup check
+	$(PYTEST) -n 2 -m "not slow and not gpu and not network"
+
+test-all: setup check
+	$(PYTEST) -n 2 -m "not gpu and not network"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports

@@ -1,0 +1,66 @@
+"""DaViT against the authors' code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vitzoo  # noqa: F401
+from tests.golden_cases import load_case
+from vitzoo.attention import ChannelAttention, WindowAttention
+from vitzoo.backbones.davit import Block, checkpoint_filter_fn
+
+DENSE = "davit_tiny_dense_224"
+
+
+def pretrained(name: str, file: Path, **kwargs: object) -> nn.Module:
+    """A model through timm's own path for pretrained files."""
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs
+    ).eval()
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_authors_file_gives_the_authors_numbers(size: str, tmp_path: Path) -> None:
+    case = load_case("davit", f"davit_{size}_224")
+    file = case.save(tmp_path)
+    model = pretrained(f"vz_davit_{size}", file)
+    assert sum(p.numel() for p in model.parameters()) == case.spec["params"]
+    with torch.inference_mode():
+        features, maps = model.forward_intermediates(case.input())
+        case.check("logits", model.forward_head(features))
+        for i, x in enumerate(maps):
+            case.check(f"stage{i}", x)
+        raw = pretrained(f"vz_davit_{size}", file, features_only=True)(case.input())
+    for i, x in enumerate(raw):
+        case.check(f"stage{i}", x)
+
+
+def test_dense_version(tmp_path: Path) -> None:
+    case = load_case("davit", DENSE)
+    model = pretrained("vz_davit_tiny", case.save(tmp_path), dense=True)
+    with torch.inference_mode():
+        outputs = model(case.input())
+    assert len(outputs) == 4
+    for i, x in enumerate(outputs):
+        case.check(f"out{i}", x)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("davit_spatial_block_padded", WindowAttention), ("davit_channel_block", ChannelAttention)],
+)
+def test_blocks(name: str, attention: type[nn.Module]) -> None:
+    case = load_case("davit", name)
+    arguments = case.spec["reference"]["arguments"]
+    dim, heads = arguments["dim"], arguments["num_heads"]
+    extra = {"window_size": arguments["window_size"]} if "window_size" in arguments else {}
+    block = Block(dim, attention(dim, heads, **extra), mlp_ratio=4.0, drop_path=0.0).eval()
+    block.load_state_dict(checkpoint_filter_fn(case.weights(), block))
+    with torch.inference_mode():
+        out = block(case.input().permute(0, 2, 3, 1))
+    case.check("out", out.permute(0, 3, 1, 2))

@@ -1,0 +1,97 @@
+"""The few layers that timm.layers lacks, for maps with channels last (B, H, W, C)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function, register_notrace_module
+from torch import Tensor, nn
+
+from vitzoo.ops import linear
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose product goes through `vitzoo.ops.linear`; same parameters and names."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return linear(input, self.weight, self.bias)
+
+
+# A leaf for torch.fx, like every attention module: its operator chooses by shape and dtype.
+register_notrace_module(Linear)
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear on the last axis, as in ViT."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, drop: float = 0.0, **factory: Any) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim, **factory)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = Linear(hidden_dim, dim, **factory)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        x = self.drop1(self.act(self.fc1(x)))
+        return self.drop2(self.fc2(x))
+
+
+@register_notrace_module
+class DepthwiseResidual(nn.Module):
+    """x + depthwise convolution of x on a (B, H, W, C) map: a conditional position encoding.
+
+    The identity is added to the kernel's centre tap, which saves a pass over the map.
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 3, **factory: Any) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(
+            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **factory
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        return depthwise_residual(x, self.proj)
+
+
+def depthwise_residual(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """x + conv(x) for a stride-1 depthwise `conv` and x (B, H, W, C)."""
+    centre = conv.kernel_size[0] // 2
+    identity = torch.zeros_like(conv.weight)
+    identity[:, :, centre, centre] = 1
+    out = F.conv2d(
+        x.permute(0, 3, 1, 2),
+        conv.weight + identity,
+        conv.bias,
+        padding=conv.padding,
+        groups=conv.groups,
+    )
+    return out.permute(0, 2, 3, 1)
+
+
+def conv_channels_last(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """`conv` on a (B, H, W, C) map without copies: the permuted view is channels-last memory."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@register_notrace_function
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Zeros on the right and bottom of x (B, H, W, C) up to multiples of `multiple`."""
+    bottom, right = -x.shape[1] % multiple, -x.shape[2] % multiple
+    if bottom or right:
+        x = F.pad(x, (0, 0, 0, right, 0, bottom))
+    return x
+
+
+@register_notrace_function
+def pad_image_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Zeros on the right and bottom of x (B, C, H, W) up to multiples of `multiple`."""
+    bottom, right = -x.shape[2] % multiple, -x.shape[3] % multiple
+    if bottom or right:
+        x = F.pad(x, (0, right, 0, bottom))
+    return x

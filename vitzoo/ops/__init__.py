@@ -1,0 +1,18 @@
+"""Operators: tensors in, tensors out. Each has a plain reference and a choice of backends."""
+
+from vitzoo.ops._dispatch import OPERATORS, Backend, Operator, use_backend
+from vitzoo.ops.attention import attention
+from vitzoo.ops.channel import channel_attention
+from vitzoo.ops.linear import linear
+from vitzoo.ops.window import window_attention
+
+__all__ = [
+    "OPERATORS",
+    "Backend",
+    "Operator",
+    "attention",
+    "channel_attention",
+    "linear",
+    "use_backend",
+    "window_attention",
+]

@@ -1,0 +1,87 @@
+"""Scaled dot-product attention on sequences, with an additive bias or a mask."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitzoo.ops._dispatch import Backend, Operator
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T + bias) v, written out."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    logits = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        logits = logits + bias
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    weights = logits.softmax(dim=-1)
+    if mask is not None:
+        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return (weights @ v).transpose(1, 2)
+
+
+def attention_portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """torch's scaled_dot_product_attention, which picks its own kernel for the device."""
+    attend = bias
+    if mask is not None:
+        attend = mask if bias is None else bias.masked_fill(~mask, float("-inf"))
+    if attend is not None and attend.dim() < 4:
+        # The fused CPU kernel turns down masks of three dimensions.
+        attend = attend[(None,) * (4 - attend.dim())]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attend, scale=scale
+    )
+    return out.transpose(1, 2)
+
+
+ATTENTION = Operator(
+    "attention",
+    [Backend("portable", attention_portable), Backend("reference", attention_reference)],
+)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Multi-head attention of every query over every key.
+
+    Args:
+        q: queries (B, N, heads, head_dim).
+        k: keys (B, M, heads, head_dim).
+        v: values (B, M, heads, value_dim).
+        bias: added to the scaled logits, broadcastable to (B, heads, N, M).
+        mask: boolean, True where a key takes part, broadcastable to (B, heads, N, M). A query
+            without any key gives zeros.
+        scale: factor on q k^T; head_dim ** -0.5 if None.
+        backend: `auto`, `portable` or `reference`.
+
+    Returns:
+        (B, N, heads, value_dim).
+    """
+    return ATTENTION(q, k, v, bias=bias, mask=mask, scale=scale, backend=backend)
