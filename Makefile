@@ -15,10 +15,10 @@ setup: .setup-done
 	touch $@
 
 test: setup check
-	$(PYTEST) -n 2 -m "not slow and not gpu and not network"
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not gpu and not network"
 
 test-all: setup check
-	$(PYTEST) -n 2 -m "not gpu and not network"
+	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not network"
 
 check: setup
 	$(BIN)/ruff check .

@@ -24,7 +24,9 @@ def channel_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, *, axis_scale: AxisScale, scale: float | None = None
 ) -> Tensor:
     """The definition: one einsum for the channel map, one to mix the values."""
-    logits = torch.einsum("bnhi,bnhj->bhij", q.float(), k.float()) * _scale(q, axis_scale, scale)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    logits = torch.einsum("bnhi,bnhj->bhij", q.to(exact), k.to(exact))
+    logits = logits * _scale(q, axis_scale, scale)
     return torch.einsum("bhij,bnhj->bnhi", logits.softmax(-1).to(v.dtype), v)
 
 

@@ -1,0 +1,325 @@
+"""Every registered image model against timm's contract and the zoo's own promises.
+
+Tier 0 looks at every name on the meta device, tier 1 runs every name under 40 M parameters, tier 2
+takes the smallest name of each distinct set of module types. A new family gets all of it by being
+registered; what cannot hold for a model is an entry of `vitzoo.info(name).limits` with its reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from timm.models._features_fx import create_feature_extractor, get_graph_node_names
+from torch import Tensor, nn
+
+import vitzoo
+from tests.registry_names import TIER_0, TIER_1, TIER_2, by_name
+
+SMALL = (64, 64)
+ODD = (97, 131)
+
+
+@functools.lru_cache(maxsize=1)
+def _pristine(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name).eval()
+
+
+def build(name: str) -> nn.Module:
+    """A model of its own for this test, in eval mode."""
+    return copy.deepcopy(_pristine(name))
+
+
+def images(name: str, size: tuple[int, int], batch: int = 2) -> Tensor:
+    """Random images; a model of fixed size gets that size."""
+    record = vitzoo.info(name)
+    if record.fixed_input_size:
+        size = record.input_size[1:]
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def needs(name: str, check: str) -> None:
+    """Skip what the model's own record says cannot hold."""
+    reason = vitzoo.info(name).limits.get(check)
+    if reason:
+        pytest.skip(reason)
+
+
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    """One forward pass without gradients."""
+    with torch.no_grad():
+        return model(x)
+
+
+def assert_close(found: Tensor, expected: Tensor, bound: float) -> None:
+    """Largest difference, relative to max(1, largest value), at most `bound`."""
+    scale = max(1.0, expected.abs().max().item())
+    worst = (found - expected).abs().max().item() / scale
+    assert worst <= bound, f"off by {worst:.2e} of the scale"
+
+
+@pytest.fixture
+def no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# Tier 0
+
+
+@by_name(TIER_0)
+def test_parameter_count_is_the_references(name: str) -> None:
+    record = vitzoo.info(name)
+    if record.params is None:
+        needs(name, "parameter_count")
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == record.params
+
+
+@by_name(TIER_0)
+def test_default_configuration_is_true(name: str) -> None:
+    record, cfg = vitzoo.info(name), get_pretrained_cfg(name)
+    assert cfg is not None
+    assert tuple(cfg.input_size) == record.input_size
+    assert cfg.fixed_input_size == record.fixed_input_size
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        x = torch.randn(1, *cfg.input_size)
+    weights = {key for key, _ in model.named_parameters()}
+    classifiers = [cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier
+    if cfg.num_classes:
+        assert {f"{c}.weight" for c in classifiers} <= weights
+    assert f"{cfg.first_conv}.weight" in weights
+    assert model.num_classes == cfg.num_classes
+    features = model.eval().forward_features(x)
+    if features.dim() == 4:
+        assert tuple(features.shape[-2:]) == tuple(cfg.pool_size)
+        assert features.shape[1] == model.num_features
+    assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
+
+
+@by_name(TIER_0)
+def test_feature_info_matches_the_record(name: str) -> None:
+    record = vitzoo.info(name)
+    with torch.device("meta"):
+        model = timm.create_model(name, features_only=True)
+        size = record.input_size[1:] if record.fixed_input_size else (96, 160)
+        maps = model(torch.randn(2, 3, *size))
+    assert tuple(model.feature_info.channels()) == record.channels
+    assert tuple(model.feature_info.reduction()) == record.strides
+    for x, channels, stride in zip(maps, record.channels, record.strides, strict=True):
+        assert tuple(x.shape) == (2, channels, size[0] // stride, size[1] // stride)
+
+
+@by_name(TIER_0)
+def test_head_can_be_replaced_and_removed(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        x = images(name, SMALL).to("meta")
+        model.reset_classifier(7)
+        assert model(x).shape == (2, 7)
+        model.reset_classifier(0)
+        assert model(x).shape == (2, model.num_features)
+        model.reset_classifier(0, "")
+        assert model(x).shape == model.forward_features(x).shape
+        bare = timm.create_model(name, num_classes=0, global_pool="").eval()
+        assert bare(x).shape == bare.forward_features(x).shape
+
+
+@by_name(TIER_0)
+def test_unknown_arguments_raise(name: str) -> None:
+    with torch.device("meta"), pytest.raises(TypeError):
+        timm.create_model(name, window_siez=3)
+
+
+@by_name(TIER_0)
+def test_parameter_groups_cover_the_model(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    groups = timm.models.group_parameters(model, model.group_matcher(coarse=False))
+    names = {key for key, p in model.named_parameters() if p.requires_grad}
+    grouped = {key for members in groups.values() for key in members}
+    assert names <= grouped
+    assert len(groups) > len(model.feature_info)
+    assert set(model.no_weight_decay()) <= {key for key, _ in model.named_parameters()}
+
+
+# Tier 1
+
+
+@by_name(TIER_1)
+def test_forward_at_odd_sizes(name: str, no_warnings: None) -> None:
+    needs(name, "any_size")
+    model = build(name)
+    for size in [(32, 32), ODD]:
+        out = logits(model, images(name, size, batch=1))
+        assert out.shape == (1, model.num_classes)
+        assert out.isfinite().all()
+
+
+@by_name(TIER_1)
+def test_every_parameter_gets_a_gradient(name: str) -> None:
+    model = build(name).train()
+    model(images(name, SMALL)).square().mean().backward()
+    missing = [
+        key
+        for key, p in model.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+    ]
+    assert not missing
+
+
+@by_name(TIER_1)
+def test_maps_have_their_strides_at_odd_sizes(name: str) -> None:
+    record = vitzoo.info(name)
+    x = images(name, ODD, batch=1)
+    model = build(name)
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(x)
+        assert_close(final, model.forward_features(x), 0.0)
+    for found, channels, stride in zip(maps, record.channels, record.strides, strict=True):
+        sides = tuple(-(-side // stride) for side in x.shape[-2:])
+        assert tuple(found.shape) == (1, channels, *sides)
+
+
+@by_name(TIER_1)
+def test_saved_weights_give_the_same_logits(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    x = images(name, SMALL)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert_close(logits(again, x), logits(model, x), 0.0)
+
+
+@by_name(TIER_1)
+def test_bfloat16(name: str) -> None:
+    model = build(name)
+    x = images(name, SMALL)
+    expected = logits(model, x)
+    found = logits(model.bfloat16(), x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    if vitzoo.info(name).choices:
+        assert found.isfinite().all()
+    else:
+        assert_close(found.float(), expected, 0.1)
+
+
+@by_name(TIER_1)
+def test_images_do_not_see_their_batch(name: str) -> None:
+    model = build(name)
+    x = images(name, SMALL, batch=3)
+    together = logits(model, x)
+    alone = torch.cat([logits(model, image[None]) for image in x])
+    assert_close(alone, together, 1e-5)
+
+
+# Tier 2
+
+
+@by_name(TIER_2)
+def test_autocast(name: str) -> None:
+    model = build(name)
+    x = images(name, SMALL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.train()(x).float().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@by_name(TIER_2)
+def test_channels_last(name: str) -> None:
+    model = build(name)
+    x = images(name, ODD)
+    expected = logits(model, x)
+    model = model.to(memory_format=torch.channels_last)
+    assert_close(logits(model, x.to(memory_format=torch.channels_last)), expected, 1e-5)
+
+
+@by_name(TIER_2)
+def test_gradient_checkpointing(name: str) -> None:
+    model = build(name)
+    x = images(name, SMALL)
+    expected = logits(model, x)
+    plain = model(x).square().mean()
+    wanted = torch.autograd.grad(plain, [p for p in model.parameters() if p.requires_grad])
+    model.set_grad_checkpointing()
+    assert_close(logits(model, x), expected, 0.0)
+    with torch.no_grad():
+        assert_close(model.forward_intermediates(x)[0], model.forward_features(x), 0.0)
+    found = torch.autograd.grad(
+        model(x).square().mean(), [p for p in model.parameters() if p.requires_grad]
+    )
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b, 1e-5)
+
+
+@by_name(TIER_2)
+@pytest.mark.parametrize("wrapper", ["list", "dict", "hook", "fx", "getter"])
+def test_feature_wrappers_agree(name: str, wrapper: str) -> None:
+    needs(name, f"features_{wrapper}")
+    torch.manual_seed(0)
+    extractor = timm.create_model(name, features_only=True, feature_cls=wrapper).eval()
+    x = images(name, SMALL)
+    with torch.no_grad():
+        maps = extractor(x)
+        expected = build(name).forward_intermediates(x, intermediates_only=True)
+    maps = list(maps.values()) if isinstance(maps, dict) else maps
+    for found, map_ in zip(maps, expected, strict=True):
+        assert_close(found, map_, 1e-5)
+
+
+@by_name(TIER_2)
+def test_chosen_features(name: str) -> None:
+    model = timm.create_model(name, features_only=True, out_indices=(-1,)).eval()
+    x = images(name, SMALL)
+    (last,) = model(x)
+    assert last.shape[1] == vitzoo.info(name).channels[-1]
+
+
+@by_name(TIER_2)
+def test_fx_trace_is_exact(name: str) -> None:
+    needs(name, "fx")
+    model = build(name)
+    x = images(name, SMALL)
+    _, nodes = get_graph_node_names(model)
+    traced = create_feature_extractor(model, {nodes[-1]: "out"})
+    assert_close(traced(x)["out"].detach(), logits(model, x), 0.0)
+    traced.train()(x)["out"].square().mean().backward()
+    assert all(p.grad is not None for p in traced.parameters() if p.requires_grad)
+
+
+@by_name(TIER_2)
+def test_compiles_as_one_graph(name: str) -> None:
+    needs(name, "compile")
+    torch._dynamo.reset()
+    model = build(name)
+    x = images(name, SMALL)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(logits(compiled, x), logits(model, x), 1e-5)
+
+
+@by_name(TIER_2)
+def test_exports_with_dynamic_batch(name: str) -> None:
+    needs(name, "export")
+    model = build(name)
+    x = images(name, SMALL)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    more = images(name, SMALL, batch=3)
+    assert_close(logits(program.module(), more), logits(model, more), 1e-5)
+
+
+@by_name(TIER_2)
+def test_other_image_channels_and_classes(name: str) -> None:
+    model = timm.create_model(name, in_chans=1, num_classes=3).eval()
+    x = images(name, SMALL)[:, :1]
+    assert logits(model, x).shape == (2, 3)

@@ -1,0 +1,106 @@
+"""Window attention: the portable path against the definition, and the definition itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.comparison import assert_backend_agrees, random_tensors
+from vitzoo.ops import attention, window_attention
+
+MAPS = [(1, 1), (7, 9), (13, 30), (8, 8)]
+
+
+@pytest.mark.parametrize("size", MAPS)
+@pytest.mark.parametrize("window_size", [1, 4, 7, 16])
+@pytest.mark.parametrize("fill", [False, True])
+def test_portable_agrees(size: tuple[int, int], window_size: int, fill: bool) -> None:
+    tokens = window_size**2
+    q, k, v, bias, k_fill, v_fill = random_tensors(
+        0, *[(2, *size, 3, 4)] * 3, (3, tokens, tokens), (3, 4), (3, 4)
+    )
+
+    def call(**t: torch.Tensor) -> dict:
+        given = {name: t[name] for name in ("q", "k", "v", "bias")}
+        return given | ({"fill": (t["k_fill"], t["v_fill"])} if fill else {})
+
+    tensors = {"q": q, "k": k, "v": v, "bias": bias}
+    if fill:
+        tensors |= {"k_fill": k_fill, "v_fill": v_fill}
+    assert_backend_agrees(window_attention, "portable", tensors, call, window_size=window_size)
+
+
+@pytest.mark.parametrize("size", MAPS)
+@pytest.mark.parametrize("shift", [1, 3])
+@pytest.mark.parametrize("fill", [False, True])
+def test_shifted_windows(size: tuple[int, int], shift: int, fill: bool) -> None:
+    q, k, v, k_fill, v_fill = random_tensors(1, *[(2, *size, 2, 4)] * 3, (2, 4), (2, 4))
+    assert_backend_agrees(
+        window_attention,
+        "portable",
+        {"q": q, "k": k, "v": v},
+        window_size=4,
+        shift=shift,
+        fill=(k_fill.detach(), v_fill.detach()) if fill else None,
+    )
+
+
+def test_value_width_may_differ() -> None:
+    q, k, v = random_tensors(2, (1, 5, 6, 2, 4), (1, 5, 6, 2, 4), (1, 5, 6, 2, 7))
+    assert window_attention(q, k, v, window_size=3).shape == v.shape
+    assert_backend_agrees(window_attention, "portable", {"q": q, "k": k, "v": v}, window_size=3)
+
+
+def test_one_window_is_full_attention() -> None:
+    q, k, v = random_tensors(3, *[(2, 6, 5, 2, 4)] * 3)
+    expected = attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2))
+    found = window_attention(q, k, v, window_size=6, backend="reference")
+    torch.testing.assert_close(found.flatten(1, 2), expected)
+
+
+def test_fill_is_what_padding_before_the_projection_computes() -> None:
+    """Zeros appended to a map and projected give the projection's bias."""
+    torch.manual_seed(0)
+    project = torch.nn.Linear(8, 24)
+    x = torch.randn(1, 5, 6, 8)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 2, 0, 3))
+    q, k, v = project(padded).unflatten(-1, (3, 2, 4)).unbind(-3)
+    expected = window_attention(q, k, v, window_size=4)[:, :5, :6]
+    q, k, v = project(x).unflatten(-1, (3, 2, 4)).unbind(-3)
+    _, k_bias, v_bias = project.bias.view(3, 2, 4)
+    torch.testing.assert_close(
+        window_attention(q, k, v, window_size=4, fill=(k_bias, v_bias)), expected
+    )
+
+
+def test_reference_gradients() -> None:
+    q, k, v, bias, k_fill, v_fill = random_tensors(
+        4, *[(1, 3, 4, 1, 2)] * 3, (1, 4, 4), (1, 2), (1, 2), dtype=torch.float64
+    )
+
+    def call(q, k, v, bias, k_fill, v_fill):
+        return window_attention(
+            q, k, v, window_size=2, bias=bias, fill=(k_fill, v_fill), backend="reference"
+        )
+
+    assert torch.autograd.gradcheck(call, (q, k, v, bias, k_fill, v_fill))
+
+
+@pytest.mark.parametrize("shift", [-1, 4])
+def test_bad_shift_says_the_range(shift: int) -> None:
+    x = torch.zeros(1, 4, 4, 1, 2)
+    with pytest.raises(ValueError, match=r"\[0, 4\)"):
+        window_attention(x, x, x, window_size=4, shift=shift)
+
+
+def test_nan_spreads_inside_its_window_only() -> None:
+    q, k, v = (t.detach() for t in random_tensors(5, *[(1, 4, 4, 1, 4)] * 3))
+    v[0, 0, 0] = float("nan")
+    out = window_attention(q, k, v, window_size=2)
+    assert out[0, :2, :2].isnan().all()
+    assert not out[0, 2:].isnan().any()
+
+
+def test_empty_batch() -> None:
+    x = torch.zeros(0, 5, 5, 2, 4)
+    assert window_attention(x, x, x, window_size=4).shape == x.shape

@@ -1,0 +1,49 @@
+"""Which names the registry-wide suite runs, found from the registry itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import vitzoo
+
+MILLION = 1_000_000
+
+
+@functools.cache
+def parameters(name: str) -> int:
+    """Parameters of a model, counted on the meta device."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in timm.create_model(name).parameters())
+
+
+@functools.cache
+def module_types(name: str) -> frozenset[type]:
+    """The set of classes that a model is made of, torch's own left out."""
+    with torch.device("meta"):
+        found = {type(module) for module in timm.create_model(name).modules()}
+    return frozenset(kind for kind in found if not kind.__module__.startswith("torch."))
+
+
+def _smallest_of_each_kind() -> list[str]:
+    kinds: dict[frozenset[type], str] = {}
+    for name in sorted(TIER_0, key=parameters):
+        kinds.setdefault(module_types(name), name)
+    return list(kinds.values())
+
+
+TIER_0 = [name for name in vitzoo.list_models() if vitzoo.info(name).modality == "image"]
+TIER_1 = [name for name in TIER_0 if parameters(name) < 40 * MILLION]
+TIER_2 = _smallest_of_each_kind()
+
+
+def by_name(names: list[str]) -> Callable[[Any], Any]:
+    """Parametrise over models; all checks of one model run on one worker, which builds it once."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+    )
