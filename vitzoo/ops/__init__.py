@@ -3,6 +3,7 @@
 from vitzoo.ops._dispatch import OPERATORS, Backend, Operator, use_backend
 from vitzoo.ops.attention import attention
 from vitzoo.ops.channel import channel_attention
+from vitzoo.ops.grouped import grouped_attention
 from vitzoo.ops.linear import linear
 from vitzoo.ops.window import window_attention
 
@@ -12,6 +13,7 @@ __all__ = [
     "Operator",
     "attention",
     "channel_attention",
+    "grouped_attention",
     "linear",
     "use_backend",
     "window_attention",

@@ -1,0 +1,165 @@
+"""Attention inside groups of equal size, cut along the token sequences of a batch of frames."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops.attention import attention_portable, attention_reference
+
+
+def _check(q: Tensor, group_size: int, frame_offsets: Tensor) -> None:
+    if q.dim() != 3:
+        raise ValueError(
+            f"grouped_attention takes (tokens, heads, head_dim), got {q.dim()} dimensions"
+        )
+    if group_size < 1:
+        raise ValueError(f"group_size must be positive, got {group_size}")
+    if frame_offsets.dim() != 1 or len(frame_offsets) < 2:
+        raise ValueError(
+            "frame_offsets must be (frames + 1,) of at least one frame, "
+            f"got shape {tuple(frame_offsets.shape)}"
+        )
+
+
+def grouped_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group_size: int,
+    frame_offsets: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """One frame after the other, one group after the other."""
+    _check(q, group_size, frame_offsets)
+    out = v.new_empty(*q.shape[:2], v.shape[-1])
+    for start, end in pairwise(frame_offsets.tolist()):
+        for first in range(start, end, group_size):
+            last = min(first + group_size, end)
+            keys = slice(max(last - group_size, start), last)
+            attended = attention_reference(
+                q[None, first:last], k[None, keys], v[None, keys], scale=scale
+            )
+            out[first:last] = attended[0]
+    return out
+
+
+def group_tables(
+    frame_offsets: Tensor, tokens: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Index tables between `tokens` tokens and their groups.
+
+    There are `tokens // group_size + frames` groups, a bound that follows from shapes alone, so
+    that nothing waits for the device; the groups past the last frame's are not read.
+
+    Args:
+        frame_offsets: (frames + 1,) first token of each frame, and `tokens`.
+        tokens: tokens of all frames, at least 1.
+        group_size: tokens of a group.
+
+    Returns:
+        Token of every slot (groups, group_size); whether that slot holds a token, False only in
+        frames smaller than a group, same shape; slot of every token (tokens,), in the flattened
+        first table.
+    """
+    device = frame_offsets.device
+    counts = frame_offsets.diff()
+    first_group = torch.nn.functional.pad((counts + group_size - 1) // group_size, (1, 0)).cumsum(0)
+    groups = torch.arange(tokens // group_size + len(counts), device=device)
+    frame = torch.searchsorted(first_group[1:], groups, right=True).clamp(max=len(counts) - 1)
+    place = ((groups - first_group[frame]) * group_size)[:, None] + torch.arange(
+        group_size, device=device
+    )
+    # Slots past the end of a frame hold the tokens one group earlier.
+    place = torch.where(place < counts[frame, None], place, place - group_size)
+    unused = groups >= first_group[-1]
+    holds = (place >= 0) | unused[:, None]
+    token_of_slot = (frame_offsets[frame, None] + place).clamp(0, tokens - 1)
+
+    token = torch.arange(tokens, device=device)
+    frame = torch.searchsorted(frame_offsets[1:], token, right=True).clamp(max=len(counts) - 1)
+    slot_of_token = first_group[frame] * group_size + token - frame_offsets[frame]
+    return token_of_slot, holds, slot_of_token
+
+
+def _small_frames(frame_offsets: Tensor, group_size: int) -> bool:
+    """Whether a mask is needed; taken for granted where asking would break the graph."""
+    if torch.compiler.is_compiling():
+        return True
+    return bool((frame_offsets.diff() < group_size).any())
+
+
+def grouped_attention_portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group_size: int,
+    frame_offsets: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Groups become the batch of one dense attention; the last group of a frame is filled up."""
+    _check(q, group_size, frame_offsets)
+    if q.shape[0] == 0:
+        return v[:0]
+    token_of_slot, holds, slot_of_token = group_tables(frame_offsets, q.shape[0], group_size)
+    mask = holds[:, None, None] if _small_frames(frame_offsets, group_size) else None
+    # index_select, not [...]: its backward adds whole rows.
+    gathered = (
+        t.index_select(0, token_of_slot.flatten()).unflatten(0, (-1, group_size)) for t in (q, k, v)
+    )
+    out = attention_portable(*gathered, mask=mask, scale=scale)
+    return out.flatten(0, 1).index_select(0, slot_of_token)
+
+
+GROUPED_ATTENTION = Operator(
+    "grouped_attention",
+    [
+        Backend("portable", grouped_attention_portable),
+        Backend("reference", grouped_attention_reference),
+    ],
+)
+
+
+def grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group_size: int,
+    frame_offsets: Tensor,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention inside groups of `group_size` consecutive tokens of the same frame.
+
+    The tokens of all frames lie one frame after the other. A frame's last group, if it is not full,
+    attends to the last `group_size` tokens of its frame; a frame smaller than a group to itself.
+    No frame sees another, and an empty frame is allowed (FlatFormer, arXiv 2301.08739).
+
+    Args:
+        q, k, v: (tokens, heads, head_dim); v's head_dim may differ.
+        group_size: tokens of a group.
+        frame_offsets: (frames + 1,) int64, the first token of each frame and, last, `tokens`.
+        scale: factor on q k^T; head_dim ** -0.5 if None.
+        backend: `auto`, `portable` or `reference`.
+
+    Returns:
+        (tokens, heads, head_dim of v).
+
+    Raises:
+        ValueError: q is not (tokens, heads, head_dim), or the offsets or the size make no groups.
+    """
+    return GROUPED_ATTENTION(
+        q,
+        k,
+        v,
+        group_size=group_size,
+        frame_offsets=frame_offsets,
+        scale=scale,
+        backend=backend,
+    )
