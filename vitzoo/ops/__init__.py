@@ -5,6 +5,7 @@ from vitzoo.ops.attention import attention
 from vitzoo.ops.channel import channel_attention
 from vitzoo.ops.grouped import grouped_attention
 from vitzoo.ops.linear import linear
+from vitzoo.ops.routed import routed_attention
 from vitzoo.ops.window import window_attention
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "channel_attention",
     "grouped_attention",
     "linear",
+    "routed_attention",
     "use_backend",
     "window_attention",
 ]

@@ -1,0 +1,211 @@
+"""Bi-level routing attention and the full attention that goes with it (arXiv 2303.08810)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from vitzoo.attention.choices import make_choice
+from vitzoo.attention.layers import Linear, conv_channels_last
+from vitzoo.ops import attention, linear, routed_attention
+
+Pool = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool"]
+
+
+def _local_conv(dim: int, kernel_size: int, **factory: Any) -> nn.Conv2d:
+    return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **factory)
+
+
+@register_notrace_module
+class BiLevelRoutingAttention(nn.Module):
+    """Attention from each region of a (B, H, W, C) map to its best-matching regions; any H and W.
+
+    The map is cut into a fixed number of regions, whose size follows the input. The mean query of a
+    region is compared with the mean keys of all; the tokens of its `top_k` best are the keys of its
+    queries, and a depthwise convolution of v is added. Logits are scaled by the whole query width,
+    qk_dim ** -0.5, as the published weights were trained.
+
+    A map that the regions do not divide is padded on the right and bottom, unmasked. `pad_after`
+    says where: False pads the input with zeros, so that a padded token is the projection's bias and
+    counts in the region means; True pads q, k and v with zeros, leaves padding out of the means
+    and out of the convolution, and takes regions of floor(H / n_win) x floor(W / n_win) tokens, as
+    many as it needs.
+
+    Args:
+        dim: channels in and out.
+        num_heads: heads; divides `dim` and `qk_dim`.
+        n_win: regions per side; owns no parameter, so it can change later.
+        top_k: regions that a query sees.
+        qk_dim: channels of q and k; `dim` if None.
+        lepe_kernel: side of the convolution on v.
+        kv_pool: pooling of each region's keys and values: to `kv_size` tokens a side (`ada_*`), or
+            with kernel and stride `kv_size`.
+        kv_size: see `kv_pool`.
+        soft_routing: multiply keys and values by the softmax of the chosen regions' scores.
+        diff_routing: let gradients through the scores.
+        param_routing: a linear layer on mean queries and keys; needs `diff_routing`.
+        pad_after: see above.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        n_win: int = 7,
+        top_k: int = 4,
+        qk_dim: int | None = None,
+        lepe_kernel: int = 5,
+        kv_pool: Pool = "identity",
+        kv_size: int = 1,
+        soft_routing: bool = False,
+        diff_routing: bool = False,
+        param_routing: bool = False,
+        pad_after: bool = False,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.qk_dim = qk_dim or dim
+        if dim % num_heads or self.qk_dim % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide {dim} and {self.qk_dim} channels")
+        if not 1 <= top_k <= n_win**2:
+            raise ValueError(f"top_k must be 1 to {n_win**2} (n_win squared), got {top_k}")
+        if diff_routing and not soft_routing:
+            raise ValueError("diff_routing has an effect with soft_routing only")
+        if param_routing and not diff_routing:
+            raise ValueError("param_routing trains through diff_routing only")
+        self.num_heads = num_heads
+        self.n_win = n_win
+        self.top_k = top_k
+        self.scale = self.qk_dim**-0.5
+        self.soft_routing = soft_routing
+        self.diff_routing = diff_routing
+        self.pad_after = pad_after
+        self.pool = _region_pool(kv_pool, kv_size)
+        self.qkv = Linear(dim, 2 * self.qk_dim + dim, **factory)
+        self.router = Linear(self.qk_dim, self.qk_dim, **factory) if param_routing else None
+        self.lepe = _local_conv(dim, lepe_kernel, **factory)
+        self.proj = Linear(dim, dim, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        H, W = x.shape[1:3]
+        (rows, height), (cols, width) = self._cut(H), self._cut(W)
+        bottom, right = rows * height - H, cols * width - W
+        pads = (0, 0, 0, right, 0, bottom) if bottom or right else None
+        if pads and not self.pad_after:
+            x = F.pad(x, pads)
+        qkv = self.qkv(x)
+        regions, weights = self.route(x, (height, width))
+        v_map = qkv[..., 2 * self.qk_dim :]
+        if pads and self.pad_after:
+            qkv = F.pad(qkv, pads)
+        grid = (rows, cols)
+        q, k, v = qkv.split((self.qk_dim, self.qk_dim, x.shape[-1]), dim=-1)
+        k, v = self._pool_regions(k, grid), self._pool_regions(v, grid)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+        out = routed_attention(
+            q, k, v, regions, region_grid=grid, weights=weights, scale=self.scale
+        )
+        out = out.flatten(-2)[:, :H, :W] + conv_channels_last(v_map, self.lepe)[:, :H, :W]
+        return self.proj(out)
+
+    def route(self, x: Tensor, region: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Numbers (B, regions, top_k) of the chosen regions, and their weights in soft routing.
+
+        Args:
+            x: (B, H, W, C), the input of the projection.
+            region: height and width of a region in tokens.
+        """
+        with torch.set_grad_enabled(self.diff_routing and torch.is_grad_enabled()):
+            # The mean of a projection is the projection of the mean, at a fraction of the reading.
+            means = F.avg_pool2d(
+                x.permute(0, 3, 1, 2), region, ceil_mode=True, count_include_pad=False
+            )
+            means = means.permute(0, 2, 3, 1).flatten(1, 2)
+            qk = linear(means, self.qkv.weight[: 2 * self.qk_dim], self.qkv.bias[: 2 * self.qk_dim])
+            q, k = qk.chunk(2, dim=-1)
+            if self.router is not None:
+                q, k = self.router(q), self.router(k)
+            scores = (q * self.scale) @ k.transpose(1, 2)
+            # A map smaller than n_win has fewer regions where padding comes after the projection.
+            top_k = min(self.top_k, scores.shape[-1])
+            regions = make_choice(lambda: scores.topk(top_k, dim=-1).indices)
+            if not self.soft_routing:
+                return regions, None
+            return regions, scores.gather(-1, regions).softmax(dim=-1)
+
+    def _cut(self, length: int) -> tuple[int, int]:
+        """Number of regions along a side, and tokens of each."""
+        if self.pad_after:
+            tokens = max(1, length // self.n_win)
+            return -(-length // tokens), tokens
+        return self.n_win, -(-length // self.n_win)
+
+    def _pool_regions(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, H, W, C) -> (B, rows * h', cols * w', C), each region pooled by itself."""
+        if self.pool is None:
+            return x
+        B, H, W, C = x.shape
+        rows, cols = grid
+        x = x.reshape(B, rows, H // rows, cols, W // cols, C).permute(0, 1, 3, 5, 2, 4)
+        x = self.pool(x.flatten(0, 2)).unflatten(0, (B, rows, cols))
+        return x.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _region_pool(kind: Pool, size: int) -> nn.Module | None:
+    pools: dict[str, Any] = {
+        "ada_avgpool": nn.AdaptiveAvgPool2d,
+        "ada_maxpool": nn.AdaptiveMaxPool2d,
+        "avgpool": nn.AvgPool2d,
+        "maxpool": nn.MaxPool2d,
+    }
+    if kind == "identity" or (kind in ("avgpool", "maxpool") and size == 1):
+        return None
+    if kind not in pools:
+        raise ValueError(f"kv_pool must be one of identity, {', '.join(pools)}, got {kind!r}")
+    return pools[kind](size)
+
+
+@register_notrace_module
+class AttentionLePE(nn.Module):
+    """Full attention over a (B, H, W, C) map plus a depthwise convolution; any H and W.
+
+    Args:
+        dim: channels in and out.
+        num_heads: heads; divides `dim`.
+        lepe_kernel: side of the convolution.
+        lepe_on: what is convolved, the layer's `input` or its `value`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        lepe_kernel: int = 5,
+        lepe_on: Literal["input", "value"] = "input",
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide {dim} channels")
+        if lepe_on not in ("input", "value"):
+            raise ValueError(f"lepe_on must be 'input' or 'value', got {lepe_on!r}")
+        self.num_heads = num_heads
+        self.lepe_on = lepe_on
+        self.qkv = Linear(dim, 3 * dim, bias=False, **factory)
+        self.lepe = _local_conv(dim, lepe_kernel, **factory)
+        self.proj = Linear(dim, dim, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        qkv = self.qkv(x)
+        q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        local = x if self.lepe_on == "input" else qkv.chunk(3, dim=-1)[2]
+        out = attention(q, k, v).reshape(x.shape) + conv_channels_last(local, self.lepe)
+        return self.proj(out)

@@ -1,0 +1,275 @@
+"""Attention from each region of a map to the regions that were chosen for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops.attention import attention_portable, attention_reference
+
+Grid = tuple[int, int]
+
+# Up to this many tokens one masked attention over the whole map is faster than gathering, if a
+# query sees at least this share of the regions.
+_DENSE_TOKENS = 256
+_DENSE_SHARE = 0.25
+# Gathered keys at a time. Larger blocks leave the cache, and the C library maps each fresh.
+_CHUNK_BYTES = 16 << 20
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, regions: Tensor, region_grid: Grid) -> None:
+    rows, cols = region_grid
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 5:
+            raise ValueError(
+                f"routed_attention takes (B, H, W, heads, head_dim); {name} has {x.dim()} axes"
+            )
+        if x.shape[1] % rows or x.shape[2] % cols:
+            raise ValueError(
+                f"a grid of {rows} x {cols} regions does not divide {name}, "
+                f"{x.shape[1]} x {x.shape[2]}"
+            )
+    if regions.dim() != 3 or regions.shape[1] != rows * cols:
+        raise ValueError(
+            f"regions must be (B, {rows * cols}, chosen) for a grid of {rows} x {cols}, "
+            f"got {tuple(regions.shape)}"
+        )
+
+
+def split_regions(x: Tensor, region_grid: Grid) -> Tensor:
+    """(B, H, W, heads, d) -> (B, regions, tokens of a region, heads, d), both row-major."""
+    B, H, W, heads, d = x.shape
+    rows, cols = region_grid
+    x = x.reshape(B, rows, H // rows, cols, W // cols, heads, d).transpose(2, 3)
+    return x.reshape(B, rows * cols, -1, heads, d)
+
+
+def join_regions(x: Tensor, region_grid: Grid, H: int, W: int) -> Tensor:
+    """The inverse of `split_regions`."""
+    rows, cols = region_grid
+    x = x.reshape(-1, rows, cols, H // rows, W // cols, *x.shape[-2:]).transpose(2, 3)
+    return x.reshape(-1, H, W, *x.shape[-2:])
+
+
+def routed_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    regions: Tensor,
+    *,
+    region_grid: Grid,
+    weights: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """One query region after the other, its chosen regions picked out by number."""
+    _check(q, k, v, regions, region_grid)
+    queries, keys, values = (split_regions(x, region_grid) for x in (q, k, v))
+    image = torch.arange(q.shape[0], device=q.device)[:, None]
+    out = []
+    for i in range(queries.shape[1]):
+        chosen_keys = keys[image, regions[:, i]]  # (B, chosen, tokens, heads, d)
+        chosen_values = values[image, regions[:, i]]
+        if weights is not None:
+            factor = weights[:, i, :, None, None, None]
+            chosen_keys, chosen_values = chosen_keys * factor, chosen_values * factor
+        out.append(
+            attention_reference(
+                queries[:, i], chosen_keys.flatten(1, 2), chosen_values.flatten(1, 2), scale=scale
+            )
+        )
+    return join_regions(torch.stack(out, 1), region_grid, *q.shape[1:3])
+
+
+def routed_attention_portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    regions: Tensor,
+    *,
+    region_grid: Grid,
+    weights: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Masked over the whole map where that is small, else over regions gathered a few at a time."""
+    _check(q, k, v, regions, region_grid)
+    H, W = q.shape[1:3]
+    if weights is not None:
+        return _gathered_once(q, k, v, regions, region_grid, scale, weights)
+    share = regions.shape[-1] / regions.shape[1]
+    if (
+        k.shape[1] * k.shape[2] <= _DENSE_TOKENS
+        and H * W <= _DENSE_TOKENS
+        and share >= _DENSE_SHARE
+    ):
+        return _masked(q, k, v, regions, region_grid, scale)
+    if torch.compiler.is_compiling():
+        # The compiler's partitioner decides by itself what it computes again in backward.
+        return _gathered_once(q, k, v, regions, region_grid, scale)
+    return _Gathered.apply(q, k, v, regions, region_grid, scale)
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, regions: Tensor, region_grid: Grid, scale: float | None
+) -> Tensor:
+    """Every token against every token; what was not chosen is left out of the softmax."""
+    B, H, W = q.shape[:3]
+    p = regions.shape[1]
+    chosen = torch.zeros(B, p, p, dtype=torch.bool, device=q.device)
+    chosen = chosen.scatter(-1, regions, True)
+    rows, cols = region_grid
+    grid = chosen.view(B, rows, 1, cols, 1, rows, 1, cols, 1)
+    sides = (H // rows, W // cols, k.shape[1] // rows, k.shape[2] // cols)
+    mask = grid.expand(B, rows, sides[0], cols, sides[1], rows, sides[2], cols, sides[3])
+    out = attention_portable(
+        *(x.flatten(1, 2) for x in (q, k, v)),
+        mask=mask.reshape(B, 1, H * W, -1),
+        scale=scale,
+    )
+    return out.unflatten(1, (H, W))
+
+
+def _flat_numbers(regions: Tensor) -> Tensor:
+    """Numbers of the chosen regions in the whole batch, (B * regions, chosen)."""
+    first = torch.arange(regions.shape[0], device=regions.device) * regions.shape[1]
+    return (regions + first[:, None, None]).flatten(0, 1)
+
+
+def _pick(x: Tensor, numbers: Tensor) -> Tensor:
+    """Whole regions of x (regions, tokens, heads, d) -> (n, chosen * tokens, heads, d)."""
+    picked = x.flatten(1).index_select(0, numbers.flatten())
+    return picked.view(numbers.shape[0], -1, *x.shape[2:])
+
+
+def _gathered_once(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    regions: Tensor,
+    region_grid: Grid,
+    scale: float | None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    queries, keys, values = (split_regions(x, region_grid).flatten(0, 1) for x in (q, k, v))
+    numbers = _flat_numbers(regions)
+    tokens = keys.shape[1]
+    keys, values = _pick(keys, numbers), _pick(values, numbers)
+    if weights is not None:
+        factor = weights.flatten(0, 1).repeat_interleave(tokens, dim=1)[..., None, None]
+        keys, values = keys * factor, values * factor
+    out = attention_portable(queries, keys, values, scale=scale)
+    return join_regions(out, region_grid, *q.shape[1:3])
+
+
+class _Gathered(torch.autograd.Function):
+    """Gathered attention that keeps q, k, v for backward and gathers them there again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        regions: Tensor,
+        region_grid: Grid,
+        scale: float | None,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, regions)
+        ctx.region_grid, ctx.scale = region_grid, scale
+        queries, keys, values = (split_regions(x, region_grid).flatten(0, 1) for x in (q, k, v))
+        out = [
+            attention_portable(part, _pick(keys, numbers), _pick(values, numbers), scale=scale)
+            for part, numbers in _chunks(queries, _flat_numbers(regions), keys)
+        ]
+        return join_regions(torch.cat(out), region_grid, *q.shape[1:3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, regions = ctx.saved_tensors
+        grid = ctx.region_grid
+        queries, keys, values, grad = (
+            split_regions(x, grid).flatten(0, 1) for x in (q, k, v, grads[0])
+        )
+        d_queries = []
+        d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
+        at = 0
+        for part, numbers in _chunks(queries, _flat_numbers(regions), keys):
+            inputs = [part, _pick(keys, numbers), _pick(values, numbers)]
+            inputs = [x.detach().requires_grad_() for x in inputs]
+            with torch.enable_grad():
+                out = attention_portable(*inputs, scale=ctx.scale)
+            d_part, d_picked_keys, d_picked_values = torch.autograd.grad(
+                out, inputs, grad[at : at + len(part)].to(out.dtype)
+            )
+            at += len(part)
+            d_queries.append(d_part)
+            for total, picked in ((d_keys, d_picked_keys), (d_values, d_picked_values)):
+                flat = picked.reshape(numbers.numel(), -1)
+                total.flatten(1).index_add_(0, numbers.flatten(), flat)
+        d_q = join_regions(torch.cat(d_queries), grid, *q.shape[1:3])
+        d_k, d_v = (join_regions(x, grid, *k.shape[1:3]) for x in (d_keys, d_values))
+        return d_q, d_k, d_v, None, None, None
+
+
+def _chunks(queries: Tensor, numbers: Tensor, keys: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Query regions and their region numbers, so many at a time as _CHUNK_BYTES of keys allow."""
+    picked = keys[0].numel() * numbers.shape[1] * keys.element_size()
+    size = max(1, _CHUNK_BYTES // picked)
+    return list(zip(queries.split(size), numbers.split(size), strict=True))
+
+
+ROUTED_ATTENTION = Operator(
+    "routed_attention",
+    [
+        Backend("portable", routed_attention_portable),
+        Backend("reference", routed_attention_reference),
+    ],
+)
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    regions: Tensor,
+    *,
+    region_grid: Grid,
+    weights: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Every query attends to all tokens of the regions that were chosen for its own region.
+
+    The second level of bi-level routing attention (arXiv 2303.08810, section 3.2). A map is cut
+    into rows x cols equal rectangles; all heads and all queries of a region share its choice.
+
+    Args:
+        q: (B, H, W, heads, head_dim); the grid divides H and W.
+        k, v: (B, H', W', heads, head_dim), cut by the same grid; H' and W' are H and W unless keys
+            were pooled, and v's head_dim may differ.
+        regions: (B, rows * cols, chosen), numbers of the chosen regions, row-major, without
+            repetition; their order does not matter.
+        region_grid: (rows, cols).
+        weights: (B, rows * cols, chosen), factors on the keys and values of each chosen region
+            (soft routing); None for 1.
+        scale: factor on q k^T; head_dim ** -0.5 if None.
+        backend: `auto`, `portable` or `reference`.
+
+    Returns:
+        (B, H, W, heads, head_dim of v).
+
+    Raises:
+        ValueError: the grid does not divide a map, or `regions` does not fit the grid.
+    """
+    return ROUTED_ATTENTION(
+        q,
+        k,
+        v,
+        regions,
+        region_grid=region_grid,
+        weights=weights,
+        scale=scale,
+        backend=backend,
+    )
