@@ -1,0 +1,1 @@
+"""The training and evaluation loop over a task, and the benchmark runner."""

@@ -1,0 +1,203 @@
+"""Paired, interleaved timing of a model against a baseline on the CPU.
+
+Machines are shared and noisy, so absolute times mean little: both sides are timed in one process,
+one after the other, and what counts is the median of the pairwise ratios. The allocator changes
+some models by a factor of two, so it is a setting of the measurement, the same for both sides,
+which is why a measurement runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+# glibc hands every block above a threshold back to the system at once; with these it keeps them.
+QUIET_MALLOC = {
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What is timed, against what, and how.
+
+    Attributes:
+        model, baseline: names for `timm.create_model`.
+        size: side of the square images.
+        batch: images per pass.
+        dtype: of weights and images.
+        mode: forward pass, or forward, backward and optimiser step.
+        memory_format: of the images, both sides.
+        threads: of torch.
+        pairs: how often each side is timed.
+        malloc: glibc's allocator as it is, or told to keep what it has.
+        linear: `VITZOO_BACKEND_LINEAR`; `reference` gives stock linear layers.
+        compile_baseline: run the baseline under torch.compile.
+        gmacs, baseline_gmacs: nominal cost per image; their ratio turns a ratio of images per
+            second into one of multiply-adds per second.
+    """
+
+    model: str
+    baseline: str
+    size: int = 224
+    batch: int = 8
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mode: Literal["forward", "train"] = "forward"
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    threads: int = 2
+    pairs: int = 15
+    malloc: Literal["default", "quiet"] = "default"
+    linear: str = "reference"
+    compile_baseline: bool = False
+    gmacs: float | None = None
+    baseline_gmacs: float | None = None
+
+
+def measure(measurement: Measurement) -> dict[str, Any]:
+    """Run a measurement in a fresh process with its environment; returns `measure_here`'s result.
+
+    Raises:
+        RuntimeError: the process failed; the message holds what it printed last.
+    """
+    settings = {"VITZOO_BACKEND_LINEAR": measurement.linear}
+    environment = {k: v for k, v in os.environ.items() if k not in QUIET_MALLOC}
+    if measurement.malloc == "quiet":
+        settings |= QUIET_MALLOC
+    done = subprocess.run(
+        [sys.executable, "-m", "vitzoo.engine.bench", json.dumps(asdict(measurement))],
+        env=environment | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{measurement.model} was not measured: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_here(measurement: Measurement) -> dict[str, Any]:
+    """Time both sides in this process.
+
+    Returns:
+        The settings, median milliseconds of each side, the median ratio baseline / model of the
+        pairs with its quartiles, and, where costs are given, the ratio of multiply-add rates.
+    """
+    import torch
+
+    torch.set_num_threads(measurement.threads)
+    ours = _step(measurement, measurement.model)
+    base = _step(measurement, measurement.baseline, compiled=measurement.compile_baseline)
+    for _ in range(2):
+        ours()
+        base()
+    times: list[tuple[float, float]] = []
+    for i in range(measurement.pairs):
+        # Whoever comes second finds the caches as the first left them: take turns.
+        if i % 2:
+            second, first = _timed(base), _timed(ours)
+        else:
+            first, second = _timed(ours), _timed(base)
+        times.append((first, second))
+    ratios = [base_time / our_time for our_time, base_time in times]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    result = asdict(measurement) | {
+        "model_ms": 1e3 * statistics.median(t for t, _ in times),
+        "baseline_ms": 1e3 * statistics.median(t for _, t in times),
+        "ratio": median,
+        "ratio_quartiles": [low, high],
+    }
+    if measurement.gmacs and measurement.baseline_gmacs:
+        result["mac_rate_ratio"] = median * measurement.gmacs / measurement.baseline_gmacs
+    return result
+
+
+def _timed(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _step(measurement: Measurement, name: str, *, compiled: bool = False) -> Callable[[], None]:
+    import timm
+    import torch
+
+    import vitzoo  # noqa: F401  (registers the zoo's names)
+
+    torch.manual_seed(0)
+    dtype = getattr(torch, measurement.dtype)
+    model = timm.create_model(name).to(dtype)
+    x = torch.randn(measurement.batch, 3, measurement.size, measurement.size, dtype=dtype)
+    if measurement.memory_format == "channels_last":
+        model = model.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+    if measurement.mode == "forward":
+        model = model.eval()
+        run = torch.compile(model) if compiled else model
+
+        def forward() -> None:
+            with torch.inference_mode():
+                run(x)
+
+        return forward
+    model = model.train()
+    run = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+    target = torch.arange(measurement.batch) % 10
+
+    def train() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(run(x), target).backward()
+        optimizer.step()
+
+    return train
+
+
+def machine() -> dict[str, Any]:
+    """The machine and versions that a figure belongs to."""
+    import timm
+    import torch
+
+    import vitzoo
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "vitzoo": vitzoo.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        facts = dict(
+            line.split(":", 1)
+            for line in info.read_text().split("\n\n")[0].splitlines()
+            if ":" in line
+        )
+        facts = {key.strip(): value.strip() for key, value in facts.items()}
+        return "{model name} (family {cpu family}, model {model})".format_map(
+            defaultdict(str, facts)
+        )
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_here(Measurement(**json.loads(sys.argv[1])))))  # noqa: T201
