@@ -53,6 +53,12 @@ def needs(name: str, check: str) -> None:
         pytest.skip(reason)
 
 
+def default_levels(name: str) -> tuple[int, ...]:
+    """The stages (blocks of a net of one scale) that `features_only` returns unless told."""
+    with torch.device("meta"):
+        return tuple(timm.create_model(name, features_only=True).feature_info.out_indices)
+
+
 def logits(model: nn.Module, x: Tensor) -> Tensor:
     """One forward pass without gradients."""
     with torch.no_grad():
@@ -185,7 +191,7 @@ def test_maps_have_their_strides_at_odd_sizes(name: str) -> None:
     x = images(name, ODD, batch=1)
     model = build(name)
     with torch.no_grad():
-        final, maps = model.forward_intermediates(x)
+        final, maps = model.forward_intermediates(x, indices=default_levels(name))
         assert_close(final, model.forward_features(x), 0.0)
     for found, channels, stride in zip(maps, record.channels, record.strides, strict=True):
         sides = tuple(-(-side // stride) for side in x.shape[-2:])
@@ -271,7 +277,9 @@ def test_feature_wrappers_agree(name: str, wrapper: str) -> None:
     x = images(name, SMALL)
     with torch.no_grad():
         maps = extractor(x)
-        expected = build(name).forward_intermediates(x, intermediates_only=True)
+        expected = build(name).forward_intermediates(
+            x, indices=default_levels(name), intermediates_only=True
+        )
     maps = list(maps.values()) if isinstance(maps, dict) else maps
     for found, map_ in zip(maps, expected, strict=True):
         assert_close(found, map_, 1e-5)

@@ -20,6 +20,7 @@ def build_backbone(
     *,
     out_indices: tuple[int, ...] = (0, 1, 2, 3),
     strict: bool = True,
+    feature_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """timm's `build_model_with_cfg` with the zoo's conventions.
@@ -32,9 +33,10 @@ def build_backbone(
         out_indices: stages that `features_only` returns unless told otherwise.
         strict: whether the file must hold every parameter. The dense version's output norms are
             never in a classification file, so `dense=True` is not strict.
+        feature_cfg: further settings of timm's feature wrappers.
         **kwargs: for the class, and timm's own.
     """
-    feature_cfg = {"out_indices": out_indices, "flatten_sequential": True}
+    feature_cfg = {"out_indices": out_indices, "flatten_sequential": True, **(feature_cfg or {})}
     if kwargs.get("dense"):
         # Only the getter goes through forward_intermediates, where the output norms are.
         feature_cfg["feature_cls"] = "getter"

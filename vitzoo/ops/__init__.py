@@ -5,6 +5,7 @@ from vitzoo.ops.attention import attention
 from vitzoo.ops.channel import channel_attention
 from vitzoo.ops.grouped import grouped_attention
 from vitzoo.ops.linear import linear
+from vitzoo.ops.lookup import lookup_gather, lookup_infuse, lookup_similarity
 from vitzoo.ops.routed import routed_attention
 from vitzoo.ops.window import window_attention
 
@@ -16,6 +17,9 @@ __all__ = [
     "channel_attention",
     "grouped_attention",
     "linear",
+    "lookup_gather",
+    "lookup_infuse",
+    "lookup_similarity",
     "routed_attention",
     "use_backend",
     "window_attention",
