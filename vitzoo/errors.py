@@ -1,0 +1,13 @@
+"""The one error that a user can cause and is meant to read."""
+
+
+class InputError(ValueError):
+    """Wrong input: the message is one clear sentence that says what to change.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def missing_extra(extra: str, package: str) -> InputError:
+    """The error for a package that belongs to an optional extra and is not installed."""
+    return InputError(f"this needs the package {package!r}: pip install vitzoo[{extra}]")

@@ -1,0 +1,171 @@
+"""A recipe's `model` section made into a backbone through timm, and the freezing of its parts."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import group_parameters
+from torch import nn
+
+from vitzoo.backbones import list_models
+from vitzoo.errors import InputError
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """The recipe's `model` section for a backbone with timm's classifier.
+
+    Attributes:
+        name: a model of the zoo (or of timm), with or without a weight tag.
+        pretrained: start from the published weights; the classifier is new where the class count
+            differs.
+        checkpoint: start from this file instead, in the zoo's, timm's or the authors' format.
+        num_classes: only to demand a count; the data set's own if None.
+        in_chans: image channels, 1 or 3.
+        drop_rate, drop_path_rate: dropout before the classifier, stochastic depth.
+        args: the model's other arguments (`depths`, `embed_dims`, `num_heads`, ...).
+        frozen_stages: keep the stem and the first n stages as they are.
+        linear_probe: train nothing but the classifier.
+        grad_checkpointing: recompute activations in backward.
+        compile: run the model through torch.compile.
+    """
+
+    name: str = "???"  # OmegaConf's mark of a value that must be given
+    pretrained: bool = False
+    checkpoint: str | None = None
+    num_classes: int | None = None
+    in_chans: int = 3
+    drop_rate: float | None = None
+    drop_path_rate: float | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+    frozen_stages: int = 0
+    linear_probe: bool = False
+    grad_checkpointing: bool = False
+    compile: bool = False
+
+
+def known_name(name: str) -> str:
+    """The name, if `timm.create_model` knows it.
+
+    Raises:
+        InputError: it does not; the message offers the nearest names.
+    """
+    bare = name.partition(".")[0]
+    if not timm.is_model(bare):
+        near = difflib.get_close_matches(bare, [*list_models(), *timm.list_models()], n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; see `vitzoo list`"
+        raise InputError(f"unknown model {name!r}{hint}")
+    return name
+
+
+def create_model(options: ModelOptions, num_classes: int, *, pretrained: bool) -> nn.Module:
+    """Build the model of a recipe.
+
+    Args:
+        options: the recipe's section.
+        num_classes: outputs of the classifier.
+        pretrained: whether to load the weights that the section names.
+
+    Raises:
+        InputError: unknown name or argument, unreadable or refused weights.
+    """
+    known_name(options.name)
+    arguments = dict(options.args)
+    for key in ("drop_rate", "drop_path_rate"):
+        if getattr(options, key) is not None:
+            arguments[key] = getattr(options, key)
+    load = pretrained and (options.pretrained or options.checkpoint is not None)
+    if load and options.checkpoint is not None:
+        path = Path(options.checkpoint).expanduser()
+        if not path.is_file():
+            raise InputError(f"model.checkpoint={options.checkpoint} is no file")
+        arguments["pretrained_cfg_overlay"] = {"file": str(path)}
+    try:
+        model = timm.create_model(
+            options.name,
+            pretrained=load,
+            num_classes=num_classes,
+            in_chans=options.in_chans,
+            **arguments,
+        )
+    except (TypeError, ValueError, RuntimeError, OSError, KeyError) as error:
+        raise _explain(error, options, load=load) from error
+    except pickle.UnpicklingError as error:
+        raise refused_pickle(options.checkpoint or options.name) from error
+    if options.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if options.compile:
+        model.compile()
+    return model
+
+
+def refused_pickle(path: str) -> InputError:
+    """The error for a weight file that is not plain tensors."""
+    return InputError(
+        f"{path} is not a file of plain tensors, so it was not loaded: it is damaged, or its "
+        "pickle would run code. Ask its author for safetensors."
+    )
+
+
+def _explain(error: Exception, options: ModelOptions, *, load: bool) -> InputError:
+    text = " ".join(str(error).split())
+    if "nexpected keyword" in text or isinstance(error, TypeError):
+        return InputError(f"model.args do not fit {options.name}: {text}")
+    if load:
+        what = options.checkpoint or f"the weights of {options.name}"
+        if "weights_only" in text:
+            return refused_pickle(what)
+        return InputError(f"cannot load {what}: {text[:600]}")
+    return InputError(f"cannot build {options.name}: {text}")
+
+
+def freeze(model: nn.Module, *, stages: int, linear_probe: bool) -> list[nn.Module]:
+    """Stop gradients of the first stages, or of everything but the classifier.
+
+    Args:
+        model: a timm model (`group_matcher`, `get_classifier`).
+        stages: stem and first n stages; 0 freezes nothing.
+        linear_probe: all but the classifier.
+
+    Returns:
+        The modules without a trainable parameter: keep them in evaluation mode, so that their
+        BatchNorm statistics and stochastic depth rest too.
+
+    Raises:
+        InputError: more stages than the model has.
+    """
+    if linear_probe:
+        model.requires_grad_(False)
+        for classifier in _classifiers(model):
+            classifier.requires_grad_(True)
+    elif stages:
+        matcher = model.group_matcher(coarse=True)  # type: ignore[operator]
+        groups = group_parameters(model, matcher, reverse=True)
+        # The last group is whatever no pattern names: final norm and head.
+        last = max(groups.values())
+        if stages >= last:
+            raise InputError(
+                f"model.frozen_stages={stages}, but the model has {last - 1} stages to freeze"
+            )
+        for name, parameter in model.named_parameters():
+            if groups[name] <= stages:
+                parameter.requires_grad_(False)
+    else:
+        return []
+    return [
+        module
+        for module in model.modules()
+        if any(True for _ in module.parameters())
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    ]
+
+
+def _classifiers(model: nn.Module) -> Iterable[nn.Module]:
+    found = model.get_classifier()  # type: ignore[operator]
+    return found if isinstance(found, list | tuple) else (found,)

@@ -1,0 +1,377 @@
+"""Labelled images from folders, from timm's data set names and from installed packages."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+
+from vitzoo._paths import cache_folder
+from vitzoo.errors import InputError, missing_extra
+from vitzoo.tasks.contract import DataOptions, UnreadableSample
+
+TRAIN_FOLDERS = ("train", "training")
+VAL_FOLDERS = ("val", "validation", "valid", "eval", "evaluation", "test")
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+Transform = Callable[[Image.Image], Any]
+
+
+@dataclass(kw_only=True)
+class ImageDataOptions(DataOptions):
+    """The recipe's `data` section for labelled images.
+
+    Attributes:
+        name: empty for a folder of class folders under `root`; `sklearn/digits`; or one of timm's
+            names: `torch/fashion_mnist`, `torch/cifar10`, `hfds/ORG/NAME`, `wds/NAME`.
+        train_split, val_split: names of the two halves; folders also answer to the usual synonyms.
+        train_first, val_first: keep only the first n samples.
+        num_classes: where the data set itself does not say (`wds/`).
+        download: let torchvision fetch the data set into `root`.
+        size: side of the images; the model's own if None.
+        mean, std, interpolation, crop_pct: of the evaluation; the model's own if None.
+    """
+
+    name: str = ""
+    train_split: str = "train"
+    val_split: str = "validation"
+    train_first: int | None = None
+    val_first: int | None = None
+    num_classes: int | None = None
+    download: bool = False
+    size: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+
+
+class Source(Protocol):
+    """Images and labels by index, not yet transformed."""
+
+    labels: tuple[str, ...] | None
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> tuple[Any, int]:
+        """(file object, path or PIL image; class index)."""
+
+    def where(self, index: int) -> str:
+        """What to call the sample in a message."""
+
+
+def open_image(file: Any, *, where: str, mode: str = "RGB") -> Image.Image:
+    """A decoded image from a path, a file object or a PIL image.
+
+    Raises:
+        UnreadableSample: missing, truncated, or no image.
+    """
+    try:
+        image = file if isinstance(file, Image.Image) else Image.open(file)
+        # The conversion decodes every pixel, so a truncated file fails here and not later.
+        return image.convert(mode)
+    except FileNotFoundError:
+        raise UnreadableSample(where, "no such file") from None
+    except Image.UnidentifiedImageError:
+        raise UnreadableSample(where, "not an image that Pillow can identify") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableSample(where, str(error)) from None
+
+
+class ImageSamples(Dataset[Any]):
+    """A source with a transform: `[index] -> (transformed image, class index)`."""
+
+    def __init__(
+        self, source: Source, transform: Transform, *, mode: str = "RGB", first: int | None = None
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.mode = mode
+        self.length = len(source) if first is None else min(first, len(source))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        where = self.source.where(index)
+        try:
+            file, target = self.source.image(index)
+        except OSError as error:
+            raise UnreadableSample(where, error.strerror or str(error)) from None
+        image = open_image(file, where=where, mode=self.mode)
+        return self.transform(image), int(target)
+
+
+class ImageStream(IterableDataset[Any]):
+    """timm's streamed data sets (`wds/`, `hfids/`) with the zoo's transform."""
+
+    def __init__(self, dataset: Any, transform: Transform) -> None:
+        dataset.transform = transform
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle as this epoch does."""
+        self.dataset.set_epoch(epoch)
+
+    def set_workers(self, workers: int) -> None:
+        """Tell the reader how many processes share it."""
+        self.dataset.set_loader_cfg(num_workers=workers)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.dataset)
+
+
+@dataclass
+class ReaderSource:
+    """One of timm's map-style readers."""
+
+    reader: Any
+    labels: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def image(self, index: int) -> tuple[Any, int]:
+        file, target = self.reader[index]
+        return file, target
+
+    def where(self, index: int) -> str:
+        return str(self.reader.filename(index, absolute=True))
+
+
+@dataclass
+class ArraySource:
+    """uint8 images (N, H, W) or (N, H, W, 3) in memory."""
+
+    images: Any
+    targets: Any
+    labels: tuple[str, ...] | None
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> tuple[Any, int]:
+        return Image.fromarray(np.asarray(self.images[index])), int(self.targets[index])
+
+    def where(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+
+@dataclass
+class TorchvisionSource:
+    """A torchvision data set of (PIL image, class index)."""
+
+    dataset: Any
+    labels: tuple[str, ...] | None
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def image(self, index: int) -> tuple[Any, int]:
+        image, target = self.dataset[index]
+        return image, target
+
+    def where(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+
+def open_source(
+    options: ImageDataOptions, *, train: bool, labels: tuple[str, ...] | None = None
+) -> Source | ImageStream:
+    """The images of one split.
+
+    Args:
+        options: the recipe's section.
+        train: which split.
+        labels: class names whose order the targets must follow; the data's own order if None.
+
+    Raises:
+        InputError: nothing there, an unknown name, or classes that are not among `labels`.
+    """
+    split = options.train_split if train else options.val_split
+    prefix, _, rest = options.name.partition("/")
+    if not options.name:
+        return _folder(options, split, train=train, labels=labels)
+    if options.name == "sklearn/digits":
+        return digits(train=train)
+    if prefix == "torch":
+        return _torchvision(options, rest, split)
+    if prefix in ("hfds", "hfids", "wds", "tfds"):
+        return _timm_named(options, prefix, split, train=train)
+    raise InputError(
+        f"unknown data set {options.name!r} (data.name): leave it empty for a folder, or use "
+        "sklearn/digits, torch/NAME, hfds/ORG/NAME, hfids/ORG/NAME or wds/NAME"
+    )
+
+
+def digits(*, train: bool) -> ArraySource:
+    """scikit-learn's 1,797 digits: 8x8, a fifth held out, stratified, always the same split."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise missing_extra("train", "scikit-learn") from None
+    bunch = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    halves = train_test_split(
+        images, bunch.target, test_size=0.2, random_state=0, stratify=bunch.target
+    )
+    part = 0 if train else 1
+    labels = tuple(str(name) for name in bunch.target_names)
+    return ArraySource(halves[part], halves[2 + part], labels, "sklearn/digits")
+
+
+def find_split(root: Path, split: str) -> Path:
+    """The folder of a split under `root`, or `root` itself where it has no split folders.
+
+    Raises:
+        InputError: other split folders are there, but not this one.
+    """
+    synonyms: tuple[str, ...] = (split,)
+    for group in (TRAIN_FOLDERS, VAL_FOLDERS):
+        if split in group:
+            synonyms = (split, *group)
+    for name in synonyms:
+        if (root / name).is_dir():
+            return root / name
+    others = [name for name in TRAIN_FOLDERS + VAL_FOLDERS if (root / name).is_dir()]
+    if others:
+        raise InputError(
+            f"{root} has the folder {others[0]!r} but none for the split {split!r}: name one of "
+            f"its folders {', '.join(synonyms)}, or set data.train_split and data.val_split"
+        )
+    return root
+
+
+def _folder(
+    options: ImageDataOptions, split: str, *, train: bool, labels: tuple[str, ...] | None
+) -> ReaderSource:
+    from timm.data.readers import create_reader
+
+    if options.root is None:
+        raise InputError("data.root is not set: give data.root=FOLDER, a folder of class folders")
+    root = Path(options.root).expanduser()
+    if not root.exists():
+        raise InputError(f"data.root={options.root} does not exist")
+    folder = find_split(root, split) if root.is_dir() else root
+    if folder == root and root.is_dir() and train:
+        raise InputError(
+            f"{root} has no train and val folders: training needs both, each with one folder a "
+            "class"
+        )
+    try:
+        reader = create_reader("", root=str(folder))
+    except (RuntimeError, OSError):
+        raise InputError(
+            f"no images in class folders under {folder} (expected {folder}/CLASS/IMAGE.jpg)"
+        ) from None
+    found = {index: name for name, index in reader.class_to_idx.items()}
+    source = ReaderSource(reader, tuple(found[i] for i in sorted(found)))
+    if labels is not None and source.labels != labels:
+        _follow_labels(source, labels, folder)
+    return source
+
+
+def _follow_labels(source: ReaderSource, labels: tuple[str, ...], folder: Path) -> None:
+    """Renumber a folder's classes in the order of `labels`."""
+    own = source.labels or ()
+    strangers = [name for name in own if name not in labels]
+    if strangers:
+        raise InputError(
+            f"{folder} has {len(own)} classes, {strangers[0]!r} among them, but the model knows "
+            f"{len(labels)}: they must be the same classes"
+        )
+    index = {name: i for i, name in enumerate(labels)}
+    reader = source.reader
+    reader.samples = [(path, index[own[target]]) for path, target in reader.samples]
+    source.labels = labels
+
+
+def _torchvision(options: ImageDataOptions, name: str, split: str) -> TorchvisionSource:
+    from timm.data import create_dataset
+
+    root = options.root
+    if name == "fashion_mnist":
+        root = fashion_mnist_root(options.root, download=options.download)
+    elif root is None:
+        raise InputError(f"data.root is not set: the folder of torchvision's {name}")
+    split = "train" if split in TRAIN_FOLDERS else split
+    try:
+        dataset = create_dataset(f"torch/{name}", root=root, split=split, download=options.download)
+    except (RuntimeError, OSError, AssertionError, TypeError) as error:
+        raise InputError(f"torchvision's {name} in {root}: {error}") from None
+    labels = getattr(dataset, "classes", None)
+    return TorchvisionSource(dataset, tuple(labels) if labels else None, options.name)
+
+
+def fashion_mnist_root(root: str | None, *, download: bool) -> str:
+    """A folder that torchvision reads Fashion-MNIST from.
+
+    In order: `root` as torchvision lays it out; the four .gz files under `root`, or those of the
+    Debian package `dataset-fashion-mnist`, unpacked into the user's cache; a download.
+
+    Raises:
+        InputError: none of these is there.
+    """
+    cache = cache_folder("datasets")
+    packed = Path(root).expanduser() if root else DEBIAN_FASHION_MNIST
+    target = (packed if root else cache) / "FashionMNIST" / "raw"
+    if len(list(target.glob("*-ubyte"))) == 4 or download:
+        return str(target.parent.parent)
+    archives = sorted(packed.glob("*-ubyte.gz"))
+    if len(archives) != 4:
+        raise InputError(
+            "Fashion-MNIST is not here: install the Debian package dataset-fashion-mnist, or give "
+            "data.root=FOLDER with its four .gz files, or let torchvision fetch it with "
+            "data.download=true"
+        )
+    target = cache / "FashionMNIST" / "raw"
+    target.mkdir(parents=True, exist_ok=True)
+    for archive in archives:
+        partial = target / f"{archive.stem}.{os.getpid()}.part"
+        with gzip.open(archive) as packed_file, partial.open("wb") as file:
+            shutil.copyfileobj(packed_file, file)
+        partial.replace(target / archive.stem)
+    return str(cache)
+
+
+def _timm_named(
+    options: ImageDataOptions, prefix: str, split: str, *, train: bool
+) -> Source | ImageStream:
+    """`hfds/`, `hfids/`, `wds/` and `tfds/` through timm."""
+    from timm.data import create_dataset
+
+    package = {"wds": "webdataset", "tfds": "tensorflow-datasets"}.get(prefix, "datasets")
+    try:
+        dataset = create_dataset(
+            options.name,
+            root=options.root,
+            split=split,
+            is_training=train,
+            batch_size=options.batch_size,
+        )
+    except ImportError:
+        raise InputError(
+            f"data.name={options.name} needs the package {package!r}: pip install {package}"
+        ) from None
+    except (RuntimeError, OSError, AssertionError, ValueError) as error:
+        raise InputError(f"data.name={options.name}: {error}") from None
+    if isinstance(dataset, IterableDataset):
+        return ImageStream(dataset, lambda image: image)
+    by_name = getattr(dataset.reader, "class_to_idx", None) or {}
+    found = {index: name for name, index in by_name.items()}
+    labels = tuple(str(found[i]) for i in sorted(found)) or None
+    return ReaderSource(dataset.reader, labels)
