@@ -1,6 +1,15 @@
 """The families, one file each; importing this package registers them with timm."""
 
-from vitzoo.backbones import biformer, davit, flatformer, lookupvit
+from vitzoo.backbones import biformer, davit, flatformer, halonet, lookupvit
 from vitzoo.backbones._registry import ModelInfo, info, list_models
 
-__all__ = ["ModelInfo", "biformer", "davit", "flatformer", "info", "list_models", "lookupvit"]
+__all__ = [
+    "ModelInfo",
+    "biformer",
+    "davit",
+    "flatformer",
+    "halonet",
+    "info",
+    "list_models",
+    "lookupvit",
+]

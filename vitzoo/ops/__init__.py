@@ -4,6 +4,7 @@ from vitzoo.ops._dispatch import OPERATORS, Backend, Operator, use_backend
 from vitzoo.ops.attention import attention
 from vitzoo.ops.channel import channel_attention
 from vitzoo.ops.grouped import grouped_attention
+from vitzoo.ops.halo import halo_attention
 from vitzoo.ops.linear import linear
 from vitzoo.ops.lookup import lookup_gather, lookup_infuse, lookup_similarity
 from vitzoo.ops.routed import routed_attention
@@ -16,6 +17,7 @@ __all__ = [
     "attention",
     "channel_attention",
     "grouped_attention",
+    "halo_attention",
     "linear",
     "lookup_gather",
     "lookup_infuse",

@@ -1,0 +1,131 @@
+"""Convolution, batch norm and activation as one step, channels-last, where nothing is trained.
+
+The modules hold timm's parameters under timm's names. In eval mode on a CPU in float32, without
+gradients, the norm is folded into the kernel and oneDNN adds the residual and applies the
+activation while it writes the result; anywhere else they compute what timm's modules compute.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import BatchNormAct2d, ConvNormAct, register_notrace_module
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+_FUSED_NAME = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "swish"}
+
+
+@register_notrace_module
+class ConvBnAct(nn.Module):
+    """timm's ConvNormAct, of which it takes over the modules.
+
+    Args:
+        source: the module whose convolution and norm (with its activation) this one uses.
+    """
+
+    def __init__(self, source: ConvNormAct) -> None:
+        super().__init__()
+        self.conv = source.conv
+        self.bn = source.bn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W'), channels-last in memory."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not _fusible(self, x):
+            return self.bn(self.conv(x))
+        weight, bias = _fold(self.conv, self.bn)
+        return _convolve(self.conv, x, weight, bias, _FUSED_NAME[type(self.bn.act)])
+
+
+@register_notrace_module
+class ResidualConvBn(nn.Module):
+    """Convolution and norm, the residual's sum, activation: the end of a bottleneck.
+
+    Args:
+        source: the module whose convolution and norm this one uses.
+        drop_path: stochastic depth of the branch.
+        act: activation of the sum.
+    """
+
+    def __init__(self, source: ConvNormAct, drop_path: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.conv = source.conv
+        self.bn = source.bn
+        self.drop_path = drop_path
+        self.act = act
+
+    def forward(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        """Branch (B, C, H, W) and shortcut (B, C', H', W'), if there is one -> its shape."""
+        if not _fusible(self, x):
+            x = self.drop_path(self.bn(self.conv(x)))
+            return self.act(x if shortcut is None else x + shortcut)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight, bias = _fold(self.conv, self.bn)
+        name = _FUSED_NAME[type(self.act)]
+        if shortcut is None:
+            return _convolve(self.conv, x, weight, bias, name)
+        shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+        conv = self.conv
+        out = torch.ops.mkldnn._convolution_pointwise.binary(
+            x,
+            shortcut,
+            weight,
+            bias,
+            conv.padding,
+            conv.stride,
+            conv.dilation,
+            conv.groups,
+            "add",
+            1.0,
+            # The sum can only be followed by ReLU.
+            "relu" if name == "relu" else None,
+            [],
+            "",
+        )
+        return out if name == "relu" else self.act(out)
+
+
+def fuse_conv_bn(module: nn.Module) -> None:
+    """Put a `ConvBnAct` in the place of every ConvNormAct below `module`."""
+    for name, child in module.named_children():
+        if isinstance(child, ConvNormAct):
+            setattr(module, name, ConvBnAct(child))
+        else:
+            fuse_conv_bn(child)
+
+
+def _fusible(module: ConvBnAct | ResidualConvBn, x: Tensor) -> bool:
+    """Whether one oneDNN call may stand for the module's steps."""
+    conv, bn = module.conv, module.bn
+    if module.training or torch.compiler.is_compiling() or type(bn) is not BatchNormAct2d:
+        return False
+    plain = x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32
+    if not plain or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    if torch.is_autocast_enabled("cpu") or _get_current_dispatch_mode() is not None:
+        return False  # a FLOP counter or a tracer wants to see the steps
+    if torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad):
+        return False
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    acts = (bn.act, module.act) if isinstance(module, ResidualConvBn) else (bn.act,)
+    return all(type(act) in _FUSED_NAME for act in acts)
+
+
+def _fold(conv: nn.Conv2d, bn: BatchNormAct2d) -> tuple[Tensor, Tensor]:
+    """Kernel and bias of the convolution followed by the norm of its running statistics."""
+    scale = torch.rsqrt(bn.running_var + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight
+    bias = -bn.running_mean * scale
+    if bn.bias is not None:
+        bias = bias + bn.bias
+    if conv.bias is not None:
+        bias = bias + conv.bias * scale
+    return conv.weight * scale[:, None, None, None], bias
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups, act, [], ""
+    )
