@@ -1,6 +1,6 @@
 """The families, one file each; importing this package registers them with timm."""
 
-from vitzoo.backbones import biformer, davit, flatformer, halonet, lookupvit
+from vitzoo.backbones import biformer, davit, flatformer, halonet, lookupvit, sparsifiner
 from vitzoo.backbones._registry import ModelInfo, info, list_models
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "info",
     "list_models",
     "lookupvit",
+    "sparsifiner",
 ]

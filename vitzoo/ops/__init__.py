@@ -2,12 +2,14 @@
 
 from vitzoo.ops._dispatch import OPERATORS, Backend, Operator, use_backend
 from vitzoo.ops.attention import attention
+from vitzoo.ops.attention_weights import attention_weights
 from vitzoo.ops.channel import channel_attention
 from vitzoo.ops.grouped import grouped_attention
 from vitzoo.ops.halo import halo_attention
 from vitzoo.ops.linear import linear
 from vitzoo.ops.lookup import lookup_gather, lookup_infuse, lookup_similarity
 from vitzoo.ops.routed import routed_attention
+from vitzoo.ops.topk import topk_mask
 from vitzoo.ops.window import window_attention
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "Backend",
     "Operator",
     "attention",
+    "attention_weights",
     "channel_attention",
     "grouped_attention",
     "halo_attention",
@@ -23,6 +26,7 @@ __all__ = [
     "lookup_infuse",
     "lookup_similarity",
     "routed_attention",
+    "topk_mask",
     "use_backend",
     "window_attention",
 ]

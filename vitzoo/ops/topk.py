@@ -1,0 +1,85 @@
+"""Which entries of each row are its k largest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitzoo.ops._dispatch import Backend, Operator
+
+
+def topk_mask_reference(scores: Tensor, k: int) -> Tensor:
+    """torch's own selection, scattered into a mask; equal scores fall as torch.topk lets them."""
+    chosen = torch.topk(scores, k, dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+
+
+def topk_mask_portable(scores: Tensor, k: int) -> Tensor:
+    """Compare with the k-th largest value; of entries that equal it the leftmost are taken."""
+    kth = torch.topk(scores, k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    larger = scores > kth
+    equal = scores == kth
+    room = k - larger.sum(-1, keepdim=True, dtype=torch.int32)
+    return larger | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
+
+
+@torch.library.custom_op("vitzoo::topk_mask_numpy", mutates_args=())
+def topk_mask_numpy(scores: Tensor, k: int) -> Tensor:
+    """The portable definition with numpy's partition, which is vectorised where torch's is not."""
+    import numpy as np
+
+    length = scores.shape[-1]
+    rows = scores.detach().float().contiguous().view(-1, length).numpy()
+    kth = np.partition(rows, length - k, axis=-1)[:, length - k, None]
+    mask = rows >= kth
+    if np.count_nonzero(mask) > k * len(rows):
+        tied = np.flatnonzero(np.count_nonzero(mask, axis=-1) > k)
+        larger, equal = rows[tied] > kth[tied], rows[tied] == kth[tied]
+        room = k - np.count_nonzero(larger, axis=-1)[:, None]
+        mask[tied] = larger | (equal & (np.cumsum(equal, axis=-1) <= room))
+    return torch.from_numpy(mask).view(scores.shape)
+
+
+@topk_mask_numpy.register_fake
+def _(scores: Tensor, k: int) -> Tensor:
+    return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+
+
+def _numpy_why_not(scores: Tensor, k: int) -> str | None:
+    if scores.device.type != "cpu":
+        return f"numpy works on the CPU, the scores are on {scores.device.type}."
+    if torch.compiler.is_exporting():
+        return "an exported graph should need nothing but torch."
+    return None
+
+
+TOPK_MASK = Operator(
+    "topk_mask",
+    [
+        Backend("numpy", topk_mask_numpy, why_not=_numpy_why_not),
+        Backend("portable", topk_mask_portable),
+        Backend("reference", topk_mask_reference),
+    ],
+)
+
+
+def topk_mask(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
+    """Mark the k largest entries along the last axis.
+
+    Exactly k per row. Of entries that equal the k-th largest the leftmost are marked, except by
+    `reference`, which marks those that torch.topk picks. The mask carries no gradient.
+
+    Args:
+        scores: (..., N) without NaN.
+        k: entries per row, 1 <= k <= N.
+        backend: `auto`, `numpy`, `portable` or `reference`.
+
+    Returns:
+        Boolean (..., N).
+
+    Raises:
+        ValueError: k is not in 1 to N.
+    """
+    if not 1 <= k <= scores.shape[-1]:
+        raise ValueError(f"k must be in 1 to {scores.shape[-1]}, got {k}")
+    return TOPK_MASK(scores, k, backend=backend)
