@@ -14,7 +14,7 @@ from torch import nn
 
 import vitzoo
 from tests.golden_cases import load_case
-from vitzoo.backbones import halonet
+from vitzoo.backbones import halonet, uhalonet
 
 TIMMS = {name: v for name, v in halonet.VARIANTS.items() if isinstance(v, halonet.Variant)}
 MODELS = {
@@ -196,3 +196,90 @@ def test_refusals() -> None:
         timm.create_model("vz_halonet_h0", depths=(1, 1))
     with pytest.raises(TypeError, match="colour"):
         timm.create_model("vz_halonet_h0", colour="red")
+
+
+# U-HaloNet
+
+
+def test_unified_halonet(tmp_path: Path) -> None:
+    case = load_case("halonet", "uhalonet_micro_224")
+    file = case.save(tmp_path)
+    model = pretrained("vz_uhalonet_micro", file)
+    assert sum(p.numel() for p in model.parameters()) == case.spec["params"]
+    with torch.inference_mode():
+        case.check("logits", model(case.input()))
+
+
+def test_unified_halonet_dense(tmp_path: Path) -> None:
+    case = load_case("halonet", "uhalonet_micro_dense_256x192")
+    model = pretrained("vz_uhalonet_micro", case.save(tmp_path), dense=True)
+    assert sum(p.numel() for p in model.parameters()) == case.spec["params"]
+    with torch.inference_mode():
+        outputs = model(case.input())
+    assert len(outputs) == 4
+    for i, x in enumerate(outputs):
+        case.check(f"out{i}", x)
+
+
+def test_unified_halonet_detection_file(tmp_path: Path) -> None:
+    """mmdetection's checkpoint: weights under `state_dict` and `backbone.`, necks beside them."""
+    case = load_case("halonet", "uhalonet_micro_dense_256x192")
+    state = {f"backbone.{name}": value for name, value in case.weights().items()}
+    file = tmp_path / "detector.pth"
+    torch.save({"state_dict": state | {"neck.weight": torch.ones(1)}}, file)
+    model = pretrained("vz_uhalonet_micro", file, dense=True)
+    with torch.inference_mode():
+        case.check("out3", model(case.input())[3])
+
+
+def test_a_classifiers_file_starts_the_dense_version(tmp_path: Path) -> None:
+    case = load_case("halonet", "uhalonet_micro_224")
+    torch.save({"model": case.weights()}, tmp_path / "cls.pth")
+    model = pretrained("vz_uhalonet_micro", tmp_path / "cls.pth", dense=True)
+    state = model.state_dict()
+    loaded = case.weights()["downsample_layers.3.reduction.0.weight"]
+    assert torch.equal(state["stages.3.downsample.conv.weight"], loaded)
+    assert state["out_norm_2.weight"].eq(1).all()
+    assert not [name for name in state if "stage_norm" in name or "head" in name]
+
+
+def test_tables_are_interpolated_to_another_window() -> None:
+    case = load_case("halonet", "uhalonet_micro_224")
+    model = timm.create_model("vz_uhalonet_micro", halo_size=1)
+    found = uhalonet.checkpoint_filter_fn(case.weights(), model)
+    name = "stages.2.blocks.4.attn.pos_embed.width_rel"
+    given = case.weights()["stages.2.4.attn.pos_embed.width_rel"]
+    assert found[name].shape == (17, 32)
+    # Rows 0, 3, ... 24 of 25 fall on rows 0, 2, ... 16 of 17.
+    torch.testing.assert_close(found[name][::2], given[::3])
+    torch.testing.assert_close(found[name][1], (given[1] + given[2]) / 2)
+    model.load_state_dict(found, strict=False)
+
+
+def test_unified_halonet_norms_activations_and_drop_path() -> None:
+    model = timm.create_model("vz_uhalonet_micro", drop_path_rate=0.28)
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    eps = {
+        name: module.eps
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+    }
+    inside = {name for name in eps if ".blocks." in name}
+    assert len(inside) == 2 * len(blocks)
+    assert {eps[name] for name in inside} == {1e-5}
+    assert {value for name, value in eps.items() if name not in inside} == {1e-6}
+    gelus = [module for module in model.modules() if isinstance(module, nn.GELU)]
+    assert {module.approximate for module in gelus} == {"none"}
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks]
+    assert rates == pytest.approx([0.02 * i for i in range(15)], abs=1e-6)
+    assert all(block.ls2.gamma.eq(1e-6).all() for block in blocks)
+    assert model.stages[2].downsample.conv.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    table = torch.cat([block.attn.pos_embed.width_rel for block in blocks])
+    assert table.std().item() == pytest.approx(32**-0.5, rel=0.1)
+
+
+def test_dense_versions_maps_have_no_stage_norms() -> None:
+    dense = timm.create_model("vz_uhalonet_tiny", dense=True, norm_indices=(1, 3), device="meta")
+    norms = [name for name, _ in dense.named_children() if name.startswith("out_norm")]
+    assert norms == ["out_norm_1", "out_norm_3"]
+    assert isinstance(dense.stages[1].downsample.stage_norm, nn.Identity)

@@ -1,6 +1,6 @@
 """The families, one file each; importing this package registers them with timm."""
 
-from vitzoo.backbones import biformer, davit, flatformer, halonet, lookupvit, sparsifiner
+from vitzoo.backbones import biformer, davit, flatformer, halonet, lookupvit, sparsifiner, uhalonet
 from vitzoo.backbones._registry import ModelInfo, info, list_models
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "list_models",
     "lookupvit",
     "sparsifiner",
+    "uhalonet",
 ]

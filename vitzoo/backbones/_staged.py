@@ -103,7 +103,11 @@ class StagedBackbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> last map (B, C, H / stride, W / stride), unpooled."""
-        return self.norm(self.stages(self.stem(x)))
+        return self.final_features(self.stages(self.stem(x)))
+
+    def final_features(self, x: Tensor) -> Tensor:
+        """From the last stage's map to what `forward_features` returns: the final norm."""
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last map -> logits (B, num_classes), or pooled features with `pre_logits`."""
@@ -157,7 +161,7 @@ class StagedBackbone(nn.Module):
                 maps.append(x if output_norm is None else output_norm(x))
         if intermediates_only:
             return maps
-        return (self.norm(x) if len(stages) == len(self.stages) else x), maps
+        return (self.final_features(x) if len(stages) == len(self.stages) else x), maps
 
     def prune_intermediate_layers(
         self,
