@@ -1,6 +1,15 @@
 """The families, one file each; importing this package registers them with timm."""
 
-from vitzoo.backbones import biformer, davit, flatformer, halonet, lookupvit, sparsifiner, uhalonet
+from vitzoo.backbones import (
+    biformer,
+    davit,
+    flatformer,
+    halonet,
+    lookupvit,
+    nat,
+    sparsifiner,
+    uhalonet,
+)
 from vitzoo.backbones._registry import ModelInfo, info, list_models
 
 __all__ = [
@@ -12,6 +21,7 @@ __all__ = [
     "info",
     "list_models",
     "lookupvit",
+    "nat",
     "sparsifiner",
     "uhalonet",
 ]

@@ -8,6 +8,7 @@ from vitzoo.ops.grouped import grouped_attention
 from vitzoo.ops.halo import halo_attention
 from vitzoo.ops.linear import linear
 from vitzoo.ops.lookup import lookup_gather, lookup_infuse, lookup_similarity
+from vitzoo.ops.neighborhood import neighborhood_attention
 from vitzoo.ops.routed import routed_attention
 from vitzoo.ops.topk import topk_mask
 from vitzoo.ops.window import window_attention
@@ -25,6 +26,7 @@ __all__ = [
     "lookup_gather",
     "lookup_infuse",
     "lookup_similarity",
+    "neighborhood_attention",
     "routed_attention",
     "topk_mask",
     "use_backend",

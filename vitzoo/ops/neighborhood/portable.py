@@ -1,0 +1,353 @@
+"""Neighborhood attention by tiles of queries that share one rectangle of keys.
+
+A map is cut into strips of columns. A strip of keys is as wide as the neighborhoods of its queries
+together, so neighbouring strips overlap; in it the keys of a tile of rows are contiguous memory.
+Each row of tiles is then one batched product, one softmax over the rectangle (what carries the bias
+also masks the keys outside a query's own neighborhood) and one more product. A dilated map is a
+batch of undilated ones, one for each pair of remainders. Backward computes the probabilities again:
+nothing larger than the map is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Pair = tuple[int, int]
+
+# Side of a tile, and the side up to which one tile takes the whole axis (docs/decisions.md).
+_TILE = 7
+_WHOLE = 14
+# Bytes of logits at a time: what stays in the cache, and below what an allocator maps afresh.
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Tiles of an undilated axis of `length` positions."""
+
+    length: int
+    kernel_size: int
+
+    @property
+    def tile(self) -> int:
+        """Queries of a tile."""
+        tile = max(_TILE, self.kernel_size // 2)
+        return self.length if self.length <= max(_WHOLE, tile) else tile
+
+    @property
+    def count(self) -> int:
+        """Number of tiles; the last may hang over the end."""
+        return -(-self.length // self.tile)
+
+    @property
+    def span(self) -> int:
+        """Keys that the queries of a tile attend to together."""
+        return min(self.tile + self.kernel_size - 1, self.length)
+
+    def start(self, i: int) -> int:
+        """First key of tile i."""
+        return min(max(i * self.tile - self.kernel_size // 2, 0), self.length - self.span)
+
+    def like(self, i: int) -> int:
+        """The first tile whose table rows equal those of tile i: all inner tiles are alike."""
+        reach = self.kernel_size // 2
+        inner = i * self.tile >= reach and (i + 1) * self.tile + reach <= self.length
+        return -(-reach // self.tile) if inner else i
+
+    def rows(self, device: torch.device) -> Tensor:
+        """Table rows (count, tile, span); 2 * kernel_size - 1 for keys outside a neighborhood."""
+        k = self.kernel_size
+        first_query = torch.arange(self.count, device=device)[:, None] * self.tile
+        query = (first_query + torch.arange(self.tile, device=device)).clamp(max=self.length - 1)
+        first_key = (first_query - k // 2).clamp(0, self.length - self.span)
+        key = (first_key + torch.arange(self.span, device=device))[:, None]
+        query = query[:, :, None]
+        offset = key - (query - k // 2).clamp(0, self.length - k)
+        inside = (offset >= 0) & (offset < k)
+        return torch.where(inside, key - query + k - 1, 2 * k - 1)
+
+
+class Table:
+    """The bias table spread over the rectangles of each row of tiles, -inf where masked."""
+
+    def __init__(self, bias: Tensor | None, y: Axis, x: Axis, like: Tensor) -> None:
+        rows = (2 * y.kernel_size - 1, 2 * x.kernel_size - 1)
+        table = like.new_zeros(1, *rows) if bias is None else bias.to(like.dtype)
+        self.learned = bias is not None
+        # Sums over the batch and over all queries: never in half precision.
+        self.wide = torch.promote_types(like.dtype, torch.float32)
+        self.table = F.pad(table, (0, 1, 0, 1), value=float("-inf"))
+        self.y, self.x = y, x
+        self.rows_y, self.rows_x = y.rows(like.device), x.rows(like.device)
+        self.spread: dict[int, Tensor] = {}
+
+    def __getitem__(self, i: int) -> Tensor:
+        """(heads or 1, strips, queries of a tile, keys of its rectangle) for row i of tiles."""
+        i = self.y.like(i)
+        if i not in self.spread:
+            found = self.table[:, self.rows_y[i]].index_select(-1, self.rows_x.flatten())
+            found = found.unflatten(-1, self.rows_x.shape).permute(0, 3, 1, 4, 2, 5)
+            self.spread[i] = found.flatten(2, 3).flatten(-2)
+        return self.spread[i]
+
+    def collect(self, spread: dict[int, Tensor], i: int, d_logits: Tensor) -> None:
+        """Add the logits' gradients (strips, queries, keys) of row i of tiles to `spread`."""
+        heads = self.table.shape[0]
+        total = d_logits.view(-1, heads, self.x.count, *d_logits.shape[1:]).sum(0, dtype=self.wide)
+        i = self.y.like(i)
+        if i not in spread:
+            spread[i] = torch.zeros_like(self[i], dtype=self.wide)
+        spread[i][:, :, : total.shape[2]] += total
+
+    def gradient(self, spread: dict[int, Tensor]) -> Tensor:
+        """Gradient of the bias from the gradients of what `__getitem__` gave."""
+        marks_y, marks_x = (
+            F.one_hot(rows, 2 * axis.kernel_size).to(self.wide)
+            for rows, axis in ((self.rows_y, self.y), (self.rows_x, self.x))
+        )
+        total = torch.zeros_like(self.table, dtype=self.wide)
+        for i, grad in spread.items():
+            grad = grad.unflatten(-1, (self.y.span, self.x.span))
+            grad = grad.unflatten(2, (self.y.tile, self.x.tile)).permute(0, 2, 4, 1, 3, 5)
+            by_column = grad.flatten(1, 2).flatten(2) @ marks_x.flatten(0, 2)
+            total += marks_y[i].flatten(0, 1).T @ by_column
+        return total[:, :-1, :-1]
+
+
+def _classes(x: Tensor, dilation: Pair) -> Iterator[Tensor]:
+    """Views (B, classes, classes, H', W', heads, d) of the maps that (B, H, W, heads, d) holds.
+
+    Where the dilation does not divide a side, the first classes have one member more.
+    """
+    for y0, many_y in _class_groups(x.shape[1], dilation[0]):
+        for x0, many_x in _class_groups(x.shape[2], dilation[1]):
+            windows = x[:, y0:, x0:].unfold(1, many_y, dilation[0]).unfold(2, many_x, dilation[1])
+            yield windows.permute(0, 5, 6, 1, 2, 3, 4)
+
+
+def _class_groups(length: int, dilation: int) -> list[Pair]:
+    longer = length % dilation
+    groups = [(0, longer), (longer, dilation - longer)]
+    return [group for group in groups if group[1]]
+
+
+def _query_strips(maps: Tensor, strips: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Matching views of maps (..., H, W, heads, d) and strips (..., heads, count, H, tile, d)."""
+    tile = strips.shape[-2]
+    full, rest = divmod(maps.shape[-3], tile)
+    tiled = maps[..., : full * tile, :, :].unflatten(-3, (full, tile))
+    yield tiled.movedim((-2, -4), (-5, -4)), strips[..., :full, :, :, :]
+    if rest:
+        yield maps[..., full * tile :, :, :].movedim(-2, -4), strips[..., full, :, :rest, :]
+
+
+def _key_strips(maps: Tensor, strips: Tensor, axis: Axis) -> Iterator[tuple[Tensor, Tensor]]:
+    """Matching views of maps (..., H, W, heads, d) and strips (..., heads, count, H, span, d)."""
+    for i in range(axis.count):
+        columns = slice(axis.start(i), axis.start(i) + axis.span)
+        yield maps[..., columns, :, :].movedim(-2, -4), strips[..., i, :, :, :]
+
+
+class _Strips:
+    """The strips of a batch of maps, and the rectangles of their tiles."""
+
+    def __init__(self, q: Tensor, y: Axis, x: Axis) -> None:
+        self.y, self.x = y, x
+        self.lead, self.heads = q.shape[:-4], q.shape[-2]
+
+    def _new(self, maps: Tensor, width: int, *, zero: bool) -> Tensor:
+        size = (*self.lead, self.heads, self.x.count, self.y.length, width, maps.shape[-1])
+        return maps.new_zeros(size) if zero else maps.new_empty(size)
+
+    def queries(self, maps: Tensor, scale: float | None = None) -> Tensor:
+        """Maps -> strips (..., heads, count, H, tile, d), times `scale`."""
+        # The last strip may hang over the map's end.
+        strips = self._new(maps, self.x.tile, zero=self.x.length % self.x.tile != 0)
+        for here, there in _query_strips(maps, strips):
+            if scale is None:
+                there.copy_(here)
+            else:
+                torch.mul(here, scale, out=there)
+        return strips
+
+    def keys(self, maps: Tensor) -> Tensor:
+        """Maps -> strips (..., heads, count, H, span, d)."""
+        strips = self._new(maps, self.x.span, zero=False)
+        for here, there in _key_strips(maps, strips, self.x):
+            there.copy_(here)
+        return strips
+
+    def zero_keys(self, maps: Tensor) -> Tensor:
+        """Strips of zeros for the gradient of keys or values."""
+        return self._new(maps, self.x.span, zero=True)
+
+    def query_tile(self, strips: Tensor, i: int) -> Tensor:
+        """(strips, queries, d) of row i of tiles."""
+        rows = slice(i * self.y.tile, min((i + 1) * self.y.tile, self.y.length))
+        return _as_matrices(strips[..., rows, :, :])
+
+    def key_tile(self, strips: Tensor, i: int) -> Tensor:
+        """(strips, keys, d) of row i of tiles."""
+        start = self.y.start(i)
+        return _as_matrices(strips[..., start : start + self.y.span, :, :])
+
+    def write(self, maps: Tensor, i: int, tiles: Tensor) -> None:
+        """Write (strips, queries, d) of row i of tiles to their place in the maps."""
+        rows = maps[..., i * self.y.tile : (i + 1) * self.y.tile, :, :, :]
+        size = (*self.lead, self.heads, self.x.count, rows.shape[-4], self.x.tile, tiles.shape[-1])
+        for here, there in _query_strips(rows, tiles.view(size)):
+            here.copy_(there)
+
+    def weights(self, q: Tensor, k: Tensor, spread: Tensor) -> Tensor:
+        """Probabilities (strips, queries, keys) of one row of tiles."""
+        logits = q @ k.transpose(1, 2)
+        # A tile that hangs over the lower end has fewer rows.
+        logits.view(-1, self.heads, self.x.count, *logits.shape[1:]).add_(
+            spread[:, :, : q.shape[1]]
+        )
+        return torch.softmax(logits, -1, out=logits)
+
+
+def _as_matrices(tiles: Tensor) -> Tensor:
+    return tiles.flatten(-3, -2).flatten(0, -3)
+
+
+def _chunks(q: Tensor, y: Axis, x: Axis) -> Iterator[slice]:
+    """Slices of the batch whose logits fit `_CHUNK_BYTES`."""
+    B = q.shape[0]
+    if torch.compiler.is_compiling():
+        yield slice(0, B)
+        return
+    per_map = y.tile * y.span * x.count * x.tile * x.span * q.element_size()
+    step = max(1, _CHUNK_BYTES // (per_map * q.shape[1] * q.shape[2] * q.shape[-2]))
+    yield from (slice(b, b + step) for b in range(0, B, step))
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kernel_size: Pair,
+    dilation: Pair,
+    scale: float,
+) -> Tensor:
+    out = v.new_empty(*q.shape[:-1], v.shape[-1])
+    for maps in zip(*(_classes(t, dilation) for t in (q, k, v, out)), strict=True):
+        y, x = (Axis(maps[0].shape[3 + i], kernel_size[i]) for i in range(2))
+        table = Table(bias, y, x, q)
+        for images in _chunks(maps[0], y, x):
+            q_maps, k_maps, v_maps, out_maps = (t[images] for t in maps)
+            strips = _Strips(q_maps, y, x)
+            qs, ks, vs = strips.queries(q_maps, scale), strips.keys(k_maps), strips.keys(v_maps)
+            for i in range(y.count):
+                weights = strips.weights(strips.query_tile(qs, i), strips.key_tile(ks, i), table[i])
+                strips.write(out_maps, i, weights @ strips.key_tile(vs, i))
+    return out
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kernel_size: Pair,
+    dilation: Pair,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    grads = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    grad_bias = None if bias is None else bias.new_zeros(1)
+    all_maps = (q, k, v, grad, *grads)
+    for maps in zip(*(_classes(t, dilation) for t in all_maps), strict=True):
+        y, x = (Axis(maps[0].shape[3 + i], kernel_size[i]) for i in range(2))
+        table = Table(bias, y, x, q)
+        spread: dict[int, Tensor] = {}
+        for images in _chunks(maps[0], y, x):
+            _backward_chunk(tuple(t[images] for t in maps), table, spread, scale)
+        if grad_bias is not None:
+            grad_bias = grad_bias + table.gradient(spread)
+    return (*grads, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype))
+
+
+def _backward_chunk(
+    maps: tuple[Tensor, ...], table: Table, spread: dict[int, Tensor], scale: float
+) -> None:
+    """Add a few images' gradients to the last three of `maps` and to `spread`."""
+    q_maps, k_maps, v_maps, grad_maps, dq_maps, dk_maps, dv_maps = maps
+    strips = _Strips(q_maps, table.y, table.x)
+    qs, ks, vs = strips.queries(q_maps, scale), strips.keys(k_maps), strips.keys(v_maps)
+    grads = strips.queries(grad_maps)
+    dks, dvs = strips.zero_keys(k_maps), strips.zero_keys(v_maps)
+    for i in range(table.y.count):
+        q, grad = strips.query_tile(qs, i), strips.query_tile(grads, i)
+        k, v = strips.key_tile(ks, i), strips.key_tile(vs, i)
+        weights = strips.weights(q, k, table[i])
+        d_logits = torch.ops.aten._softmax_backward_data(
+            grad @ v.transpose(1, 2), weights, -1, weights.dtype
+        )
+        # Products into fresh memory: the CPU's batched product is slow with strided outputs.
+        strips.write(dq_maps, i, (d_logits @ k).mul_(scale))
+        strips.key_tile(dks, i).add_(d_logits.transpose(1, 2) @ q)
+        strips.key_tile(dvs, i).add_(weights.transpose(1, 2) @ grad)
+        if table.learned:
+            table.collect(spread, i, d_logits)
+    for d_maps, d_strips in ((dk_maps, dks), (dv_maps, dvs)):
+        for here, there in _key_strips(d_maps, d_strips, table.x):
+            here.add_(there)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    # Buffers of a given type must not meet operands of another. The meta device has no autocast.
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        kernel_size: Pair,
+        dilation: Pair,
+        scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.options = (kernel_size, dilation, scale)
+        return _forward(q, k, v, bias, kernel_size, dilation, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias = ctx.saved_tensors
+        with _without_autocast(q):
+            grads = _backward(grad, q, k, v, bias, *ctx.options)
+        return (*grads, None, None, None)
+
+
+def neighborhood_attention_portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel_size: Pair,
+    dilation: Pair = (1, 1),
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Maps only, by tiles."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with _without_autocast(q):
+        return _Tiled.apply(q, k, v, bias, kernel_size, dilation, scale)
