@@ -8,6 +8,7 @@ from vitzoo.ops.grouped import grouped_attention
 from vitzoo.ops.halo import halo_attention
 from vitzoo.ops.linear import linear
 from vitzoo.ops.lookup import lookup_gather, lookup_infuse, lookup_similarity
+from vitzoo.ops.merge import deformable_merge
 from vitzoo.ops.neighborhood import neighborhood_attention
 from vitzoo.ops.routed import routed_attention
 from vitzoo.ops.topk import topk_mask
@@ -20,6 +21,7 @@ __all__ = [
     "attention",
     "attention_weights",
     "channel_attention",
+    "deformable_merge",
     "grouped_attention",
     "halo_attention",
     "linear",

@@ -30,6 +30,8 @@ class WeightEntry:
         input_size: (channels, height, width) of the evaluation.
         published: accuracy as the origin states it, name -> value.
         strict: whether every parameter of the model is in the file.
+        arguments: what the model must be built with for these weights, beyond its variant's own
+            arguments, name -> value.
         notes: anything a reader needs.
     """
 
@@ -53,6 +55,7 @@ class WeightEntry:
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
     published: tuple[tuple[str, float], ...] = ()
     strict: bool = True
+    arguments: tuple[tuple[str, Any], ...] = ()
     notes: str | None = None
 
     @property
@@ -139,3 +142,15 @@ def timm_configs(
         for i, entry in enumerate(mine):
             found[entry.name + ("" if i else "*")] = config.of(entry)
     return found
+
+
+def tag_arguments(entries: Iterable[WeightEntry], model: str, tag: Any) -> dict[str, Any]:
+    """Arguments that the weights of `model.tag` ask for; none unless `tag` is a known tag.
+
+    `tag` is what timm hands a builder as `pretrained_cfg`: the tag after the name's dot, a whole
+    configuration (whose maker also gives the arguments), or None.
+    """
+    for entry in entries:
+        if (entry.model, entry.tag) == (model, tag):
+            return dict(entry.arguments)
+    return {}
