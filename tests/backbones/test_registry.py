@@ -193,9 +193,9 @@ def test_maps_have_their_strides_at_odd_sizes(name: str) -> None:
     with torch.no_grad():
         final, maps = model.forward_intermediates(x, indices=default_levels(name))
         assert_close(final, model.forward_features(x), 0.0)
-    for found, channels, stride in zip(maps, record.channels, record.strides, strict=True):
-        sides = tuple(-(-side // stride) for side in x.shape[-2:])
-        assert tuple(found.shape) == (1, channels, *sides)
+    heights, widths = (record.map_sides(side) for side in x.shape[-2:])
+    shapes = list(zip(record.channels, heights, widths, strict=True))
+    assert [tuple(found.shape[1:]) for found in maps] == shapes
 
 
 @by_name(TIER_1)

@@ -31,6 +31,8 @@ class ModelInfo:
         paper: arXiv number.
         code: repository of the code that the model follows.
         code_licence: that repository's licence.
+        odd_sides: whether a side that a downsampling does not divide is rounded `up` or `down`; the
+            first map's side is always rounded up.
         fixed_input_size: the model takes `input_size` only.
         choices: a discrete choice inside (top-k), which rounding can flip; None if there is none.
         limits: what cannot hold for this model -> why, e.g. `any_size`.
@@ -47,9 +49,17 @@ class ModelInfo:
     code_licence: str
     modality: Literal["image", "points"] = "image"
     input_size: tuple[int, int, int] = (3, 224, 224)
+    odd_sides: Literal["up", "down"] = "up"
     fixed_input_size: bool = False
     choices: str | None = None
     limits: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def map_sides(self, side: int) -> tuple[int, ...]:
+        """Sides of the feature maps of an image side in pixels, first to last."""
+        if self.odd_sides == "up":
+            return tuple(-(-side // stride) for stride in self.strides)
+        first = self.strides[0]
+        return tuple(-(-side // first) // (stride // first) for stride in self.strides)
 
 
 def info(name: str) -> ModelInfo:

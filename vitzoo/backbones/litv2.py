@@ -278,6 +278,7 @@ for _name, _variant in VARIANTS.items():
             input_size=(3, _variant.size, _variant.size),
             params=_variant.params,
             gmacs=_variant.gmacs,
+            odd_sides="down",
             paper="2205.13213",
             code="https://github.com/ziplab/LITv2",
             code_licence="Apache-2.0",
