@@ -194,7 +194,8 @@ class LITv2(StagedBackbone):
             elif isinstance(module, ConvMlp):
                 fan_out = module.dwconv.weight[0].numel()
                 nn.init.normal_(module.dwconv.weight, std=(2 / fan_out) ** 0.5)
-                nn.init.zeros_(module.dwconv.bias)
+                if module.dwconv.bias is not None:
+                    nn.init.zeros_(module.dwconv.bias)
 
 
 @dataclass(frozen=True, kw_only=True)
