@@ -49,9 +49,7 @@ def count_points(points: Tensor, boxes: Tensor) -> Tensor:
     return torch.stack(counts) if counts else torch.zeros(0, dtype=torch.int64)
 
 
-def merge_sweeps(
-    sweeps: Sequence[Tensor], poses: Sequence[Tensor], *, near: float = 5.0
-) -> Tensor:
+def merge_sweeps(sweeps: Sequence[Tensor], poses: Sequence[Tensor], *, near: float = 5.0) -> Tensor:
     """The current sweep and past ones in the current vehicle's axes.
 
     As in FlatFormer's multi-frame recipes: the last column becomes the sweep's age (0, -1, -2), and

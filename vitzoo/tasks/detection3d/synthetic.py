@@ -1,8 +1,8 @@
 """A seeded generator of LiDAR frames: rays cast from a roof onto ground, traffic and clutter.
 
-For tests, demonstrations and the small recipe. Nothing here is measured from a real sensor, but what
-makes the task hard is there: objects are seen from one side, hide each other, and get points in
-inverse proportion to the square of their distance.
+For tests, demonstrations and the small recipe. Nothing here is measured from a real sensor, but
+what makes the task hard is there: objects are seen from one side, hide each other, and get points
+in inverse proportion to the square of their distance.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def draw_frame(seed: int) -> LidarFrame:
     wanted = rng.integers(5, 26)
     labels = rng.choice(len(_KINDS), size=wanted, p=[kind.share for kind in _KINDS])
     sizes = [rng.normal(_KINDS[k].size, _KINDS[k].deviation) for k in labels]
-    yaws = [_heading(rng, int(label), road) for label in labels]
-    objects = _place(rng, np.array(sizes), np.array(yaws), np.zeros((0, 7)))
+    yaws = np.array([_heading(rng, int(label), road) for label in labels])
+    objects = _place(rng, np.array(sizes), yaws, np.zeros((0, 7)))
     labels = labels[: len(objects)]
 
     kinds = rng.integers(0, len(_CLUTTER), size=rng.integers(12, 25))
@@ -133,17 +133,26 @@ def _place(
     rng: np.random.Generator, sizes: np.ndarray, yaws: np.ndarray, taken: np.ndarray
 ) -> np.ndarray:
     """Boxes on the ground that overlap neither each other, nor `taken`, nor the vehicle."""
-    vehicle = np.array([[0, 0, 0.8, 5.0, 2.4, 1.6, 0]])
-    standing = torch.from_numpy(np.concatenate([vehicle, taken]))
-    margin = torch.tensor([0, 0, 0, 0.4, 0.4, 0, 0])
+    boxes = np.concatenate([[[0, 0, 0.8, 5.0, 2.4, 1.6, 0]], taken])
     for size, yaw in zip(sizes, yaws, strict=True):
         for _ in range(200):
             x, y = rng.uniform(-HALF_SIDE + 1, HALF_SIDE - 1, 2)
-            box = torch.tensor([[x, y, size[2] / 2, *size, yaw]], dtype=torch.float64)
-            if not (intersection_from_above(box + margin, standing) > 0).any():
-                standing = torch.cat([standing, box])
+            box = np.array([[x, y, size[2] / 2, *size, yaw]])
+            if not _overlap(box, boxes):
+                boxes = np.concatenate([boxes, box])
                 break
-    return standing[1 + len(taken) :].numpy()
+    return boxes[1 + len(taken) :]
+
+
+def _overlap(box: np.ndarray, others: np.ndarray, *, margin: float = 0.4) -> bool:
+    """Whether a box, widened by `margin` metres, meets any other from above."""
+    wide = box + np.array([0, 0, 0, margin, margin, 0, 0])
+    reach = np.hypot(wide[:, 3], wide[:, 4]) + np.hypot(others[:, 3], others[:, 4])
+    near = others[np.hypot(*(others - wide)[:, :2].T) < reach / 2]
+    if not len(near):
+        return False
+    shared = intersection_from_above(torch.from_numpy(wide), torch.from_numpy(near))
+    return bool((shared > 0).any())
 
 
 def _parts(box: np.ndarray, kind: _Kind) -> np.ndarray:
