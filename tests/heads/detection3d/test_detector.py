@@ -120,7 +120,7 @@ def test_it_learns_one_scene() -> None:
     points = torch.nn.functional.pad(around.flatten(0, 1), (0, 1))
     targets = [{"boxes": boxes, "labels": torch.tensor([0, 1])}]
     optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-2)
-    for _ in range(120):
+    for _ in range(60):
         optimizer.zero_grad()
         sum(detector([points], targets).values()).backward()
         optimizer.step()

@@ -1,0 +1,1 @@
+"""Detection in LiDAR sweeps: data, augmentation, metrics and the task."""

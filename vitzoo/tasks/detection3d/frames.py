@@ -70,9 +70,9 @@ def merge_sweeps(sweeps: Sequence[Tensor], poses: Sequence[Tensor], *, near: flo
         raise ValueError(f"{len(sweeps)} sweeps need as many poses, got {len(poses)}")
     to_vehicle = torch.linalg.inv(poses[0].double())
     merged = []
-    for age, (sweep, pose) in enumerate(zip(sweeps, poses, strict=True)):
-        sweep = sweep.clone()
-        if age and sweep is not sweeps[0]:
+    for age, (given, pose) in enumerate(zip(sweeps, poses, strict=True)):
+        sweep = given.clone()
+        if given is not sweeps[0]:
             sweep = sweep[sweep[:, :2].norm(dim=-1) >= near]
             move = to_vehicle @ pose.double()
             sweep[:, :3] = (sweep[:, :3].double() @ move[:3, :3].T + move[:3, 3]).float()

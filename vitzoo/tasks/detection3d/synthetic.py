@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from vitzoo.heads.detection3d.boxes import intersection_from_above
+from vitzoo.heads.detection3d.boxes import intersection_from_above, wrap_angle
 from vitzoo.tasks.detection3d.frames import LidarFrame, count_points
 
 CLASSES = ("car", "pedestrian", "cyclist")
@@ -113,6 +113,7 @@ def draw_frame(seed: int) -> LidarFrame:
         _cast(rng, np.concatenate(solids), np.concatenate(reflect), np.concatenate(rough))
     )
     boxes = torch.from_numpy(objects.astype(np.float32))
+    boxes[:, 6] = wrap_angle(boxes[:, 6])
     return LidarFrame(
         points,
         boxes,
