@@ -56,11 +56,16 @@ def known_name(name: str) -> str:
     Raises:
         InputError: it does not; the message offers the nearest names.
     """
-    bare = name.partition(".")[0]
+    bare, _, tag = name.partition(".")
     if not timm.is_model(bare):
-        near = difflib.get_close_matches(bare, [*list_models(), *timm.list_models()], n=3)
+        names = {*list_models(), *timm.list_models()}
+        near = difflib.get_close_matches(bare, names, n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else "; see `vitzoo list`"
         raise InputError(f"unknown model {name!r}{hint}")
+    tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{bare}.*")]
+    if tag and tag not in tags:
+        known = f"; known: {', '.join(tags)}" if tags else "; it has none"
+        raise InputError(f"{bare} has no weights {tag!r}{known}")
     return name
 
 

@@ -278,6 +278,10 @@ def _folder(
         raise InputError(
             f"no images in class folders under {folder} (expected {folder}/CLASS/IMAGE.jpg)"
         ) from None
+    if any(Path(path).parent == folder for path, _ in reader.samples):
+        raise InputError(
+            f"{folder} has images outside of class folders (expected {folder}/CLASS/IMAGE.jpg)"
+        )
     found = {index: name for name, index in reader.class_to_idx.items()}
     source = ReaderSource(reader, tuple(found[i] for i in sorted(found)))
     if labels is not None and source.labels != labels:

@@ -1,0 +1,5 @@
+"""`python -m vitzoo`, the same as the `vitzoo` command; `accelerate launch -m vitzoo train ...`."""
+
+from vitzoo.cli import main
+
+main()

@@ -1,0 +1,167 @@
+"""What each command of `vitzoo` takes and prints; the work is the engine's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitzoo.errors import InputError
+
+cli = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Vision transformers with efficient attention: train, evaluate, predict.",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values, such as optim.lr=1e-3."),
+]
+
+
+def app(arguments: list[str]) -> int:
+    """Run the command line; usage errors become `InputError`."""
+    try:
+        result = typer.main.get_command(cli).main(
+            args=arguments, prog_name="vitzoo", standalone_mode=False
+        )
+    except Exception as error:
+        # typer's usage errors share no public base over its versions; all of them format.
+        if not hasattr(error, "format_message"):
+            raise
+        text = error.format_message().rstrip(".")
+        if not text:  # No command given: typer has shown the help.
+            return 2
+        raise InputError(f"{text}; see `vitzoo --help`") from None
+    return result if isinstance(result, int) else 0
+
+
+@cli.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe's name or path; `vitzoo list --recipes`.")
+    ],
+    values: Overrides = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Start from published weights.")
+    ] = False,
+) -> None:
+    """Train a recipe; the same command again goes on where a killed run stopped."""
+    from vitzoo.engine.recipe import load_recipe
+    from vitzoo.engine.train import train as run
+
+    extra = ["model.pretrained=true"] if pretrained else []
+    run(load_recipe(recipe, [*(values or []), *extra]))
+
+
+@cli.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run, a weights file, or a model's NAME.TAG.")],
+    values: Overrides = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
+) -> None:
+    """Evaluate a run or published weights, beside what their origin states."""
+    from vitzoo.engine.evaluate import evaluate as run
+
+    run(model, values or [], json_path=json_path)
+
+
+@cli.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="A run, a weights file, or a model's NAME.TAG.")],
+    images: Annotated[
+        list[str], typer.Argument(help="Image files or folders, and KEY=VALUE recipe values.")
+    ],
+    top: Annotated[int, typer.Option(help="Classes to show of each image.")] = 5,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", help="Where the results go; default predictions.json in the run."),
+    ] = None,
+    draw: Annotated[
+        Path | None, typer.Option(help="Also draw the results into this PNG file.")
+    ] = None,
+) -> None:
+    """Predict on image files or folders: a table, and JSON."""
+    from vitzoo.engine.predict import predict_files
+
+    given = [value for value in images if "=" in value and not Path(value).exists()]
+    files = [value for value in images if value not in given]
+    predict_files(model, files, given, top=top, json_path=json_path, draw=draw)
+
+
+@cli.command(name="list")
+def list_command(
+    family: Annotated[str | None, typer.Argument(help="Only this family.")] = None,
+    recipes: Annotated[bool, typer.Option("--recipes", help="List recipes instead.")] = False,
+) -> None:
+    """List the models, or the recipes."""
+    from rich.table import Table
+
+    from vitzoo.engine.report import console
+
+    out = console()
+    if recipes:
+        from vitzoo.engine.recipe import recipe_names
+
+        for name in recipe_names():
+            out.print(name)
+        return
+    import vitzoo
+    from vitzoo.zoo.published import all_entries
+
+    names = vitzoo.list_models(family)
+    if not names:
+        known = sorted({vitzoo.info(name).family for name in vitzoo.list_models()})
+        raise InputError(f"no family {family!r}; families: {', '.join(known)}")
+    table = Table(box=None, header_style="bold")
+    table.add_column("model", no_wrap=True)
+    for column in ("params M", "GMACs", "input"):
+        table.add_column(column, justify="right")
+    table.add_column("weights")
+    weights: dict[str, list[str]] = {}
+    for entry in all_entries():
+        weights.setdefault(entry.model, []).append(entry.tag)
+    for name in names:
+        record = vitzoo.info(name)
+        params = "" if record.params is None else f"{record.params / 1e6:.1f}"
+        gmacs = "" if record.gmacs is None else f"{record.gmacs:.1f}"
+        size = "points" if record.modality == "points" else str(record.input_size[-1])
+        table.add_row(name, params, gmacs, size, ", ".join(weights.get(name, [])))
+    out.print(table)
+
+
+@cli.command()
+def info(
+    name: Annotated[str, typer.Argument(help="A model's name, with or without a weight tag.")],
+) -> None:
+    """Show what the zoo knows of a model and its weights."""
+    import vitzoo
+    from vitzoo.engine.report import console
+    from vitzoo.zoo.published import all_entries
+
+    try:
+        record = vitzoo.info(name)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    out = console()
+    for key, value in vars(record).items():
+        if value not in (None, False, {}, ()) and key != "limits":
+            out.print(f"{key:>17}  {_shown(value)}", markup=False)
+    for key, reason in record.limits.items():
+        out.print(f"{'limit':>17}  {key}: {reason}", markup=False)
+    for entry in all_entries():
+        if entry.model == record.name:
+            figures = ", ".join(f"{key} {value}" for key, value in entry.published)
+            text = f"{entry.name} ({entry.dataset}; {figures or 'no figures'}; {entry.state})"
+            out.print(f"{'weights':>17}  {text}", markup=False)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(str(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)

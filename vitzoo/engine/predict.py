@@ -1,0 +1,185 @@
+"""Prediction on images with a run, a weights file, or a model by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data.readers import get_img_extensions
+from torch import nn
+
+from vitzoo.engine.evaluate import Source, open_source
+from vitzoo.engine.recipe import merge
+from vitzoo.engine.report import console
+from vitzoo.engine.runfolder import write_atomically
+from vitzoo.errors import InputError
+from vitzoo.tasks import Prediction, Task, UnreadableSample, task_class
+from vitzoo.tasks.results import contact_sheet
+
+logger = logging.getLogger("vitzoo.data")
+
+
+def load(model_or_run: Any, values: Sequence[str] = ()) -> Task:
+    """A task whose `predict` is ready.
+
+    Args:
+        model_or_run: a run (folder or name), a weights file, a model's `NAME.TAG`, or a timm model
+            in memory.
+        values: recipe values, such as `data.size=288`.
+
+    Raises:
+        InputError: nothing of that name, or weights that do not fit.
+    """
+    if isinstance(model_or_run, nn.Module):
+        return _task_of_module(model_or_run, values)
+    return _ready(open_source(str(model_or_run), values))
+
+
+def _ready(source: Source) -> Task:
+    """The task of a source with its labels and model."""
+    cuda = torch.cuda.is_available() and source.recipe.run.device != "cpu"
+    device = torch.device("cuda" if cuda else "cpu")
+    task = source.task()
+    if source.weights is None:
+        config = timm.get_pretrained_cfg(source.title)
+        task.labels = imagenet_labels(config.num_classes if config else 1000)
+    source.load_model(task, device)
+    return task
+
+
+def _task_of_module(model: nn.Module, values: Sequence[str]) -> Task:
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("architecture")
+    if not name:
+        raise InputError("a model in memory must come from timm.create_model")
+    recipe = merge({"task": "classification", "model": {"name": name}}, values)
+    task = task_class("classification")(recipe.options)
+    task.model = model.eval()
+    task.device = next(model.parameters()).device
+    task.labels = imagenet_labels(int(model.num_classes))  # type: ignore[arg-type]
+    return task
+
+
+def imagenet_labels(count: int) -> tuple[str, ...]:
+    """Names of the ImageNet subset of that size (1,000, 11,821, 21,841, ...), else numbers."""
+    subset = infer_imagenet_subset({"num_classes": count})
+    if subset is None:
+        return tuple(str(i) for i in range(count))
+    names = ImageNetInfo(subset)
+    return tuple(names.index_to_description(i) for i in range(count))
+
+
+def predict(model_or_run: Any, images: Any, values: Sequence[str] = ()) -> list[Prediction]:
+    """Results for images; see `vitzoo.predict`."""
+    if isinstance(images, str | Path | Image.Image) or hasattr(images, "shape"):
+        images = [images]
+    images = [str(image) if isinstance(image, Path) else image for image in images]
+    return list(load(model_or_run, values).predict(images))
+
+
+def image_files(given: Sequence[str]) -> list[str]:
+    """Image files from files and folders (with their subfolders), sorted.
+
+    Raises:
+        InputError: something does not exist, or a folder holds no image.
+    """
+    found: list[str] = []
+    for text in given:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            endings = tuple(get_img_extensions())
+            inside = sorted(str(p) for p in path.rglob("*") if p.name.lower().endswith(endings))
+            if not inside:
+                raise InputError(f"no images in {text}")
+            found += inside
+        elif path.is_file():
+            found.append(str(path))
+        else:
+            raise InputError(f"{text} does not exist")
+    if not found:
+        raise InputError("no images given")
+    return found
+
+
+def predict_files(
+    given: str,
+    files: Sequence[str],
+    values: Sequence[str] = (),
+    *,
+    top: int = 5,
+    json_path: Path | None = None,
+    draw: Path | None = None,
+) -> list[Prediction]:
+    """Predict on files or folders, print a table, write JSON.
+
+    Args:
+        given: a run, a weights file, or a model's `NAME.TAG`.
+        files: image files and folders.
+        values: recipe values; `data.on_error=skip` passes over unreadable images.
+        top: classes to print of each image.
+        json_path: where the JSON goes; `predictions.json` in the run's folder, or here, if None.
+        draw: also draw the results into this picture.
+
+    Raises:
+        InputError: see `load` and `image_files`, or an unreadable image.
+    """
+    paths = image_files(files)
+    source = open_source(given, values)
+    task = _ready(source)
+    results = _readable(task, source, paths)
+    target = json_path or (source.folder or Path()) / "predictions.json"
+    facts = {"model": given, "predictions": [result.to_dict() for result in results]}
+    write_atomically(target, (json.dumps(facts, indent=2) + "\n").encode())
+    _print(results, top)
+    out = console()
+    out.print(f"{len(results)} images -> {target}", markup=False)
+    if draw is not None:
+        pictures = [result.draw() for result in results[:64]]
+        draw.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(pictures).save(draw)
+        out.print(f"first {len(pictures)} drawn -> {draw}", markup=False)
+    return results
+
+
+def _readable(task: Task, source: Source, paths: Sequence[str]) -> list[Prediction]:
+    """Results batch by batch, so that one unreadable image costs no other."""
+    data = source.recipe.options.data
+    size = data.eval_batch_size or data.batch_size
+    results: list[Prediction] = []
+    for start in range(0, len(paths), size):
+        batch = list(paths[start : start + size])
+        while batch:
+            try:
+                results += task.predict(batch)
+                break
+            except UnreadableSample as error:
+                if data.on_error == "stop":
+                    raise InputError(f"{error} (data.on_error=skip passes over it)") from None
+                logger.warning("%s; left out", error)
+                batch.remove(error.path)
+    if not results:
+        raise InputError("none of the images could be read")
+    return results
+
+
+def _print(results: Sequence[Any], top: int) -> None:
+    from rich.table import Table
+
+    if not hasattr(results[0], "top"):
+        return
+    table = Table(box=None, header_style="bold")
+    table.add_column("image", overflow="fold")
+    table.add_column(f"best {top}" if top > 1 else "best")
+    for result in results[:100]:
+        ranked = "  ".join(f"{one.label} {100 * one.score:.1f} %" for one in result.top[:top])
+        table.add_row(result.source or "", ranked)
+    console().print(table)
+    if len(results) > 100:
+        console().print(f"... and {len(results) - 100} more in the JSON file")
