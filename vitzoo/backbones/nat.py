@@ -533,12 +533,13 @@ def _next_stage(match: re.Match[str]) -> str:
 def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     variant = VARIANTS[name]
     arguments = variant.arguments() | kwargs
+    if variant.isotropic:
+        arguments.setdefault("out_indices", (-1,))
     return build_backbone(
         IsotropicNAT if variant.isotropic else NAT,
         name,
         pretrained,
         checkpoint_filter_fn,
-        out_indices=(-1,) if variant.isotropic else (0, 1, 2, 3),
         **arguments,
     )
 

@@ -10,7 +10,7 @@ nothing larger than the map is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-Pair = tuple[int, int]
+Pair = Sequence[int]
 
 # Side of a tile, and the side up to which one tile takes the whole axis (docs/decisions.md).
 _TILE = 7
@@ -133,7 +132,7 @@ def _classes(x: Tensor, dilation: Pair) -> Iterator[Tensor]:
             yield windows.permute(0, 5, 6, 1, 2, 3, 4)
 
 
-def _class_groups(length: int, dilation: int) -> list[Pair]:
+def _class_groups(length: int, dilation: int) -> list[tuple[int, int]]:
     longer = length % dilation
     groups = [(0, longer), (longer, dilation - longer)]
     return [group for group in groups if group[1]]
@@ -172,11 +171,8 @@ class _Strips:
         # The last strip may hang over the map's end.
         strips = self._new(maps, self.x.tile, zero=self.x.length % self.x.tile != 0)
         for here, there in _query_strips(maps, strips):
-            if scale is None:
-                there.copy_(here)
-            else:
-                torch.mul(here, scale, out=there)
-        return strips
+            there.copy_(here)
+        return strips if scale is None else strips.mul_(scale)
 
     def keys(self, maps: Tensor) -> Tensor:
         """Maps -> strips (..., heads, count, H, span, d)."""
@@ -213,7 +209,7 @@ class _Strips:
         logits.view(-1, self.heads, self.x.count, *logits.shape[1:]).add_(
             spread[:, :, : q.shape[1]]
         )
-        return torch.softmax(logits, -1, out=logits)
+        return logits.softmax(-1)
 
 
 def _as_matrices(tiles: Tensor) -> Tensor:
@@ -223,7 +219,8 @@ def _as_matrices(tiles: Tensor) -> Tensor:
 def _chunks(q: Tensor, y: Axis, x: Axis) -> Iterator[slice]:
     """Slices of the batch whose logits fit `_CHUNK_BYTES`."""
     B = q.shape[0]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_exporting():
+        # The batch may be dynamic.
         yield slice(0, B)
         return
     per_map = y.tile * y.span * x.count * x.tile * x.span * q.element_size()
@@ -263,19 +260,19 @@ def _backward(
     kernel_size: Pair,
     dilation: Pair,
     scale: float,
-) -> tuple[Tensor | None, ...]:
-    grads = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    grad_bias = None if bias is None else bias.new_zeros(1)
-    all_maps = (q, k, v, grad, *grads)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
+    grad_bias = q.new_zeros(0) if bias is None else torch.zeros_like(bias)
+    all_maps = (q, k, v, grad, dq, dk, dv)
     for maps in zip(*(_classes(t, dilation) for t in all_maps), strict=True):
         y, x = (Axis(maps[0].shape[3 + i], kernel_size[i]) for i in range(2))
         table = Table(bias, y, x, q)
         spread: dict[int, Tensor] = {}
         for images in _chunks(maps[0], y, x):
             _backward_chunk(tuple(t[images] for t in maps), table, spread, scale)
-        if grad_bias is not None:
-            grad_bias = grad_bias + table.gradient(spread)
-    return (*grads, None if bias is None or grad_bias is None else grad_bias.to(bias.dtype))
+        if bias is not None:
+            grad_bias += table.gradient(spread).to(bias.dtype)
+    return dq, dk, dv, grad_bias
 
 
 def _backward_chunk(
@@ -312,29 +309,68 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-class _Tiled(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        kernel_size: Pair,
-        dilation: Pair,
-        scale: float,
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, bias)
-        ctx.options = (kernel_size, dilation, scale)
+# One node in a compiled graph: its loops depend on the map's size, not on its contents.
+@torch.library.custom_op("vitzoo::neighborhood_tiles", mutates_args=())
+def _tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+) -> Tensor:
+    with _without_autocast(q):
         return _forward(q, k, v, bias, kernel_size, dilation, scale)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias = ctx.saved_tensors
-        with _without_autocast(q):
-            grads = _backward(grad, q, k, v, bias, *ctx.options)
-        return (*grads, None, None, None)
+
+@_tiles.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *options: Sequence[int] | float
+) -> Tensor:
+    return v.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+@torch.library.custom_op("vitzoo::neighborhood_tiles_backward", mutates_args=())
+def _tiles_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with _without_autocast(q):
+        return _backward(grad, q, k, v, bias, kernel_size, dilation, scale)
+
+
+@_tiles_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    *options: Sequence[int] | float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_bias = q.new_empty(0) if bias is None else torch.empty_like(bias)
+    return (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_bias)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, bias = ctx.saved_tensors
+    *grads, grad_bias = _tiles_backward(grad, q, k, v, bias, *ctx.options)
+    return (*grads, None if bias is None else grad_bias, None, None, None)
+
+
+_tiles.register_autograd(_gradients, setup_context=_save)
 
 
 def neighborhood_attention_portable(
@@ -349,5 +385,7 @@ def neighborhood_attention_portable(
 ) -> Tensor:
     """Maps only, by tiles."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with _without_autocast(q):
-        return _Tiled.apply(q, k, v, bias, kernel_size, dilation, scale)
+    if torch.compiler.is_exporting():
+        # An exported graph must run where this package is not installed.
+        return _forward(q, k, v, bias, kernel_size, dilation, scale)
+    return _tiles(q, k, v, bias, kernel_size, dilation, scale)
