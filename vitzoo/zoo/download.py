@@ -20,22 +20,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from vitzoo._paths import cache_folder
 from vitzoo.zoo.entries import WeightEntry
 from vitzoo.zoo.errors import CorruptFileError, WeightsError
-from vitzoo.zoo.files import cache_dir as user_cache_dir
 from vitzoo.zoo.files import logger, verify, write_atomically
 
 TRIES = 4
 BACK_OFF_S = 0.5
 TIMEOUT_S = 30
 CHUNK = 1 << 20
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 
 T = TypeVar("T")
 
 
-class _Retry(Exception):
+class _TransientError(Exception):
     """A failure that may pass: worth another try at the same source."""
 
 
@@ -82,29 +82,29 @@ def fetch_source(
     """
     get = _from_hub if source.startswith("hf-hub:") else _from_url
     try:
-        return _patiently(lambda: get(source, sha256, cache_dir), source)
+        return _patiently(lambda: get(source, sha256, cache_dir))
     except CorruptFileError as error:
         # A bad file in the cache is replaced; a source that delivers another one is given up.
         logger.warning("%s", error)
-        return _patiently(lambda: get(source, sha256, cache_dir), source)
+        return _patiently(lambda: get(source, sha256, cache_dir))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise WeightsError(
-                f"the disk is full: {source} was not saved. Free space, or set VITZOO_CACHE (HF_HOME "
-                "for hub files) to another disk, and run the same command again."
+                f"the disk is full: {source} was not saved. Free space, or set XDG_CACHE_HOME "
+                "(HF_HOME for hub files) to another disk, and run the same command again."
             ) from error
         raise
 
 
-def _patiently(attempt: Callable[[], T], source: str) -> T:
+def _patiently(attempt: Callable[[], T]) -> T:
     """Repeat what may pass, with a growing pause."""
     for i in range(TRIES):
         try:
             return attempt()
-        except _Retry as error:
+        except _TransientError as error:
             if i + 1 == TRIES:
-                raise WeightsError(f"{source} failed {TRIES} times, last: {error}") from error
-            logger.info("%s: %s; trying again", source, error)
+                raise WeightsError(str(error)) from error
+            logger.info("%s; trying again", error)
             time.sleep(BACK_OFF_S * 2**i)
     raise AssertionError("unreachable")
 
@@ -123,14 +123,17 @@ def _from_hub(source: str, sha256: str | None, cache_dir: str | Path | None) -> 
     repo = "/".join(name.split("/")[:2])
     wanted = "/".join(name.split("/")[2:])
     missing: Exception | None = None
-    for filename in (wanted,) if wanted else _HUB_FILES:
+    for filename in (wanted,) if wanted else WEIGHT_FILES:
         try:
-            path = Path(hf_hub_download(repo, filename, revision=revision or None, cache_dir=cache_dir))
+            found = hf_hub_download(repo, filename, revision=revision or None, cache_dir=cache_dir)
         except LocalEntryNotFoundError as error:
             if _offline():
                 missing = error
                 continue
-            raise _Retry(f"the hub does not answer ({error})") from error
+            # Its client has tried five times by now.
+            raise WeightsError(
+                "the hub does not answer and the file is not in the cache"
+            ) from error
         except (RepositoryNotFoundError, GatedRepoError) as error:
             raise WeightsError(f"{repo} is not on the hub or needs a login ({error})") from error
         except EntryNotFoundError as error:
@@ -139,18 +142,20 @@ def _from_hub(source: str, sha256: str | None, cache_dir: str | Path | None) -> 
         except HfHubHTTPError as error:
             if error.response is not None and error.response.status_code < 500:
                 raise WeightsError(f"the hub answered {error}") from error
-            raise _Retry(str(error)) from error
+            raise _TransientError(str(error)) from error
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise
-            raise _Retry(str(error)) from error
+            raise _TransientError(str(error)) from error
+        path = Path(found)
         verify(path, sha256 or _published_hash(path), where_from=source)
         return path
     if _offline():
         raise WeightsError(
-            f"{repo} is not in the cache and HF_HUB_OFFLINE is set. Run once online, or give a file."
+            f"{repo} is not in the cache and HF_HUB_OFFLINE is set. Run once online, or give a "
+            "local file."
         ) from missing
-    raise WeightsError(f"{repo} has neither {' nor '.join(_HUB_FILES)}") from missing
+    raise WeightsError(f"{repo} has neither {' nor '.join(WEIGHT_FILES)}") from missing
 
 
 def _published_hash(path: Path) -> str | None:
@@ -171,7 +176,7 @@ def _from_url(source: str, sha256: str | None, cache_dir: str | Path | None) -> 
     address = urllib.parse.urlparse(source)
     if address.scheme not in ("http", "https"):
         raise WeightsError(f"{source} is neither an http(s) address nor hf-hub:ORG/NAME")
-    folder = Path(cache_dir or user_cache_dir() / "weights") / (address.hostname or "")
+    folder = Path(cache_dir or cache_folder("weights")) / (address.hostname or "")
     target = folder / address.path.strip("/").replace("/", "--")
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
@@ -193,7 +198,7 @@ def _download(source: str, target: Path) -> None:
     request = urllib.request.Request(source, headers={"User-Agent": "vitzoo"})
     validator = json.loads(about.read_text())["validator"] if about.exists() else None
     have = part.stat().st_size if part.exists() and validator else 0
-    if have:
+    if have and validator:
         # If-Range: a file that changed meanwhile is sent whole.
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", validator)
@@ -210,7 +215,7 @@ def _download(source: str, target: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     if total is not None and part.stat().st_size < total:
-        raise _Retry(f"the connection was cut at {part.stat().st_size} of {total} bytes")
+        raise _TransientError(f"the connection was cut at {part.stat().st_size} of {total} bytes")
     os.replace(part, target)
     about.unlink(missing_ok=True)
 
@@ -222,10 +227,10 @@ def _answer(request: urllib.request.Request) -> Iterator[Any]:
             yield answer
     except urllib.error.HTTPError as error:
         if error.code in (408, 429) or error.code >= 500:
-            raise _Retry(f"the server answered {error.code}") from error
+            raise _TransientError(f"the server answered {error.code}") from error
         raise WeightsError(f"the server answered {error.code} {error.reason}") from error
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise _Retry(str(error)) from error
+        raise _TransientError(str(error)) from error
 
 
 def _refuse_web_page(source: str, answer: Any) -> None:
@@ -246,9 +251,8 @@ def _copy(answer: Any, file: IO[bytes], have: int, total: int | None, name: str)
             except (OSError, EOFError) as error:
                 if getattr(error, "errno", None) == errno.ENOSPC:
                     raise
-                raise _Retry(f"the connection was cut: {error}") from error
+                raise _TransientError(f"the connection was cut: {error}") from error
             if not chunk:
                 return
             file.write(chunk)
             bar.update(len(chunk))
-

@@ -1,7 +1,9 @@
 """What goes wrong with weights, each with a sentence that says what to do."""
 
+from vitzoo.errors import InputError
 
-class WeightsError(RuntimeError):
+
+class WeightsError(InputError):
     """Weights could not be had or must not be used."""
 
 

@@ -1,4 +1,4 @@
-"""Files on disk: where they lie, whether their content is the published one, and safe reading."""
+"""Files on disk: whether their content is the published one, and reading them safely."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import pickle
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -19,22 +18,8 @@ from vitzoo.zoo.errors import CorruptFileError, UnsafeFileError, WeightsError
 
 logger = logging.getLogger("vitzoo.zoo")
 
-_WRAPPERS = ("state_dict_ema", "state_dict", "model_ema", "model")
 # Files whose content this process has checked -> (size, modification time).
 _verified: dict[Path, tuple[int, int]] = {}
-
-
-def cache_dir() -> Path:
-    """The platform's user cache under `vitzoo`, or `VITZOO_CACHE`."""
-    if os.environ.get("VITZOO_CACHE"):
-        return Path(os.environ["VITZOO_CACHE"])
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "vitzoo"
 
 
 def sha256_of(path: Path) -> str:
@@ -121,28 +106,6 @@ def read_weights(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not named weights")
     return content
-
-
-def unwrap(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The weights inside the wrappers that trainers write around them.
-
-    Handles `state_dict_ema`, `state_dict`, `model_ema` and `model` entries, and the prefixes
-    `module.` and `backbone.` of distributed, detection and segmentation checkpoints.
-    """
-    for key in _WRAPPERS:
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-            break
-    if any(name.startswith("module.") for name in state_dict):
-        state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    if any(name.startswith("backbone.") for name in state_dict):
-        # Detectors and segmenters also hold neck and head: only the backbone is ours.
-        state_dict = {
-            name.removeprefix("backbone."): value
-            for name, value in state_dict.items()
-            if name.startswith("backbone.")
-        }
-    return state_dict
 
 
 def _first_line(error: Exception) -> str:
