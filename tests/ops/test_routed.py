@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
 from tests.ops.comparison import assert_backend_agrees, random_tensors
 from vitzoo.ops import attention, routed, routed_attention
@@ -51,8 +52,9 @@ def test_portable_is_the_definition(case: str) -> None:
     AGREES(qkv, regions=regions, region_grid=grid, scale=0.3)
 
 
-def test_a_few_regions_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routed, "_CHUNK_BYTES", 20_000)
+@pytest.mark.parametrize("piece", [1, 20_000])
+def test_a_few_regions_at_a_time(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routed, "_PIECE_BYTES", piece)
     qkv, regions = make_inputs((28, 21), (7, 7), 3)
     AGREES(qkv, regions=regions, region_grid=(7, 7))
 
@@ -71,10 +73,13 @@ def test_weights() -> None:
 
 def test_masked_and_gathered_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     qkv, regions = make_inputs((14, 14), (7, 7), 16)
-    masked = routed_attention(*qkv.values(), regions, region_grid=(7, 7))
-    monkeypatch.setattr(routed, "_DENSE_TOKENS", 0)
-    gathered = routed_attention(*qkv.values(), regions, region_grid=(7, 7))
-    assert gathered.grad_fn.name() != masked.grad_fn.name()
+    with profile() as masked_run:
+        masked = routed_attention(*qkv.values(), regions, region_grid=(7, 7))
+    monkeypatch.setattr(routed, "_MASKED_TOKENS", 0)
+    with profile() as gathered_run:
+        gathered = routed_attention(*qkv.values(), regions, region_grid=(7, 7))
+    calls = [{e.name for e in run.events()} for run in (masked_run, gathered_run)]
+    assert ["aten::index_select" in names for names in calls] == [False, True]
     torch.testing.assert_close(masked, gathered, rtol=1e-5, atol=1e-5)
 
 

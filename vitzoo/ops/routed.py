@@ -12,12 +12,12 @@ from vitzoo.ops.attention import attention_portable, attention_reference
 
 Grid = tuple[int, int]
 
-# Up to this many tokens one masked attention over the whole map is faster than gathering, if a
-# query sees at least this share of the regions.
-_DENSE_TOKENS = 256
-_DENSE_SHARE = 0.25
-# Gathered keys at a time. Larger blocks leave the cache, and the C library maps each fresh.
-_CHUNK_BYTES = 16 << 20
+# Up to this many tokens, if a query sees at least this share of the regions, one attention over the
+# whole map under a mask is faster than picking.
+_MASKED_TOKENS = 256
+_MASKED_SHARE = 0.25
+# Picked keys at a time: larger blocks leave the cache, and the C library maps each afresh.
+_PIECE_BYTES = 16 << 20
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, regions: Tensor, region_grid: Grid) -> None:
@@ -93,42 +93,34 @@ def routed_attention_portable(
     weights: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Masked over the whole map where that is small, else over regions gathered a few at a time."""
+    """Masked over the whole map where that is small, else over regions picked by number."""
     _check(q, k, v, regions, region_grid)
-    H, W = q.shape[1:3]
     if weights is not None:
-        return _gathered_once(q, k, v, regions, region_grid, scale, weights)
-    share = regions.shape[-1] / regions.shape[1]
-    if (
-        k.shape[1] * k.shape[2] <= _DENSE_TOKENS
-        and H * W <= _DENSE_TOKENS
-        and share >= _DENSE_SHARE
+        return _picked(q, k, v, regions, region_grid, scale, weights)
+    if max(q.shape[1] * q.shape[2], k.shape[1] * k.shape[2]) <= _MASKED_TOKENS and (
+        regions.shape[2] >= _MASKED_SHARE * regions.shape[1]
     ):
         return _masked(q, k, v, regions, region_grid, scale)
     if torch.compiler.is_compiling():
-        # The compiler's partitioner decides by itself what it computes again in backward.
-        return _gathered_once(q, k, v, regions, region_grid, scale)
-    return _Gathered.apply(q, k, v, regions, region_grid, scale)
+        # A compiler decides by itself what it computes again in backward.
+        return _picked(q, k, v, regions, region_grid, scale)
+    return _Picked.apply(q, k, v, regions, region_grid, scale)
 
 
 def _masked(
     q: Tensor, k: Tensor, v: Tensor, regions: Tensor, region_grid: Grid, scale: float | None
 ) -> Tensor:
-    """Every token against every token; what was not chosen is left out of the softmax."""
+    """Every token against every token; what was not chosen gets no weight."""
     B, H, W = q.shape[:3]
-    p = regions.shape[1]
-    chosen = torch.zeros(B, p, p, dtype=torch.bool, device=q.device)
-    chosen = chosen.scatter(-1, regions, True)
-    rows, cols = region_grid
-    grid = chosen.view(B, rows, 1, cols, 1, rows, 1, cols, 1)
-    sides = (H // rows, W // cols, k.shape[1] // rows, k.shape[2] // cols)
-    mask = grid.expand(B, rows, sides[0], cols, sides[1], rows, sides[2], cols, sides[3])
-    out = attention_portable(
-        *(x.flatten(1, 2) for x in (q, k, v)),
-        mask=mask.reshape(B, 1, H * W, -1),
-        scale=scale,
-    )
-    return out.unflatten(1, (H, W))
+    p, (rows, cols) = regions.shape[1], region_grid
+    mask = torch.full((B, p, p), float("-inf"), dtype=q.dtype, device=q.device)
+    mask = mask.scatter(-1, regions, 0.0).view(B, p, rows, 1, cols, 1)
+    # Along the keys first: the second, larger copy then has long rows.
+    mask = mask.expand(-1, -1, -1, k.shape[1] // rows, -1, k.shape[2] // cols)
+    mask = mask.reshape(B, rows, 1, cols, 1, -1)
+    mask = mask.expand(-1, -1, H // rows, -1, W // cols, -1).reshape(B, 1, H * W, -1)
+    q, k, v = (x.flatten(1, 2) for x in (q, k, v))
+    return attention_portable(q, k, v, bias=mask, scale=scale).unflatten(1, (H, W))
 
 
 def _flat_numbers(regions: Tensor) -> Tensor:
@@ -143,7 +135,7 @@ def _pick(x: Tensor, numbers: Tensor) -> Tensor:
     return picked.view(numbers.shape[0], -1, *x.shape[2:])
 
 
-def _gathered_once(
+def _picked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -163,8 +155,8 @@ def _gathered_once(
     return join_regions(out, region_grid, *q.shape[1:3])
 
 
-class _Gathered(torch.autograd.Function):
-    """Gathered attention that keeps q, k, v for backward and gathers them there again."""
+class _Picked(torch.autograd.Function):
+    """Keeps q, k, v and the numbers for backward, and picks there again."""
 
     @staticmethod
     def forward(
@@ -181,9 +173,9 @@ class _Gathered(torch.autograd.Function):
         queries, keys, values = (split_regions(x, region_grid).flatten(0, 1) for x in (q, k, v))
         out = [
             attention_portable(part, _pick(keys, numbers), _pick(values, numbers), scale=scale)
-            for part, numbers in _chunks(queries, _flat_numbers(regions), keys)
+            for part, numbers in _pieces(queries, _flat_numbers(regions), keys)
         ]
-        return join_regions(torch.cat(out), region_grid, *q.shape[1:3])
+        return join_regions(_joined(out), region_grid, *q.shape[1:3])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -193,9 +185,9 @@ class _Gathered(torch.autograd.Function):
             split_regions(x, grid).flatten(0, 1) for x in (q, k, v, grads[0])
         )
         d_queries = []
-        d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
+        d_keys, d_values = keys.new_zeros(keys.shape), values.new_zeros(values.shape)
         at = 0
-        for part, numbers in _chunks(queries, _flat_numbers(regions), keys):
+        for part, numbers in _pieces(queries, _flat_numbers(regions), keys):
             inputs = [part, _pick(keys, numbers), _pick(values, numbers)]
             inputs = [x.detach().requires_grad_() for x in inputs]
             with torch.enable_grad():
@@ -208,15 +200,19 @@ class _Gathered(torch.autograd.Function):
             for total, picked in ((d_keys, d_picked_keys), (d_values, d_picked_values)):
                 flat = picked.reshape(numbers.numel(), -1)
                 total.flatten(1).index_add_(0, numbers.flatten(), flat)
-        d_q = join_regions(torch.cat(d_queries), grid, *q.shape[1:3])
+        d_q = join_regions(_joined(d_queries), grid, *q.shape[1:3])
         d_k, d_v = (join_regions(x, grid, *k.shape[1:3]) for x in (d_keys, d_values))
         return d_q, d_k, d_v, None, None, None
 
 
-def _chunks(queries: Tensor, numbers: Tensor, keys: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Query regions and their region numbers, so many at a time as _CHUNK_BYTES of keys allow."""
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _pieces(queries: Tensor, numbers: Tensor, keys: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Query regions and their region numbers, so many at a time as _PIECE_BYTES of keys allow."""
     picked = keys[0].numel() * numbers.shape[1] * keys.element_size()
-    size = max(1, _CHUNK_BYTES // picked)
+    size = max(1, _PIECE_BYTES // picked)
     return list(zip(queries.split(size), numbers.split(size), strict=True))
 
 
