@@ -31,8 +31,8 @@ class ModelInfo:
         paper: arXiv number.
         code: repository of the code that the model follows.
         code_licence: that repository's licence.
-        odd_sides: whether a side that a downsampling does not divide is rounded `up` or `down`; the
-            first map's side is always rounded up.
+        odd_sides: whether a side that a downsampling does not divide is rounded `up` or `down`,
+            where the first map's side is still rounded up; `all down` rounds that down, too.
         fixed_input_size: the model takes `input_size` only.
         choices: a discrete choice inside (top-k), which rounding can flip; None if there is none.
         limits: what cannot hold for this model -> why, e.g. `any_size`.
@@ -49,7 +49,7 @@ class ModelInfo:
     code_licence: str
     modality: Literal["image", "points"] = "image"
     input_size: tuple[int, int, int] = (3, 224, 224)
-    odd_sides: Literal["up", "down"] = "up"
+    odd_sides: Literal["up", "down", "all down"] = "up"
     fixed_input_size: bool = False
     choices: str | None = None
     limits: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -59,6 +59,8 @@ class ModelInfo:
         if self.odd_sides == "up":
             return tuple(-(-side // stride) for stride in self.strides)
         first = self.strides[0]
+        if self.odd_sides == "all down":
+            side -= side % first
         return tuple(-(-side // first) // (stride // first) for stride in self.strides)
 
 

@@ -329,6 +329,7 @@ for _name, _variant in VARIANTS.items():
             paper="2303.08810",
             code="https://github.com/rayleizhu/BiFormer",
             code_licence="MIT",
+            odd_sides="all down" if _variant.swin_layout else "up",
             choices="top-k regions of each region, in the first three stages",
         ),
         _build,

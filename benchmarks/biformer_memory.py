@@ -1,0 +1,121 @@
+"""Memory of one training step of BiFormer-S at a detector's size, with and without the gather.
+
+Usage: python benchmarks/biformer_memory.py [--out benchmarks/biformer_memory.json]
+
+`picked` is the zoo's routed attention, `expanded` the authors' form: torch.gather on the keys and
+values expanded once per query region, then products and a softmax, all kept for backward. Each side
+runs in a process of its own; the figure is the peak of resident memory during the step, less what
+the process held before it (model and optimiser). The detection setting: 16 regions per side, the
+dense version, one image of 800 x 1344, float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor
+
+from vitzoo.engine.bench import machine
+from vitzoo.ops import OPERATORS, Backend, use_backend
+from vitzoo.ops.routed import join_regions, split_regions
+
+BAR = 0.5
+
+
+def expanded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    regions: Tensor,
+    *,
+    region_grid: tuple[int, int],
+    weights: Tensor | None = None,
+    scale: float,
+) -> Tensor:
+    """The authors' arithmetic: every query region gets its own copy of the keys it chose."""
+    queries, keys, values = (split_regions(x, region_grid) for x in (q, k, v))
+    B, p, tokens, heads, d = keys.shape
+    chosen = regions.shape[-1]
+    keys_values = torch.cat([keys, values], dim=-1).flatten(3)
+    index = regions[..., None, None].expand(-1, -1, -1, tokens, 2 * heads * d)
+    source = keys_values[:, None].expand(-1, p, -1, -1, -1)
+    picked = torch.gather(source, 2, index).view(B * p, chosen * tokens, heads, 2 * d)
+    keys, values = picked.split(d, dim=-1)
+    scores = (queries.flatten(0, 1).transpose(1, 2) * scale) @ keys.permute(0, 2, 3, 1)
+    out = scores.softmax(dim=-1) @ values.transpose(1, 2)
+    return join_regions(out.transpose(1, 2), region_grid, *q.shape[1:3])
+
+
+def resident_peak() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def step(side: str, size: tuple[int, int]) -> dict:
+    """One training step in this process."""
+    operator = OPERATORS["routed_attention"]
+    operator.backends["expanded"] = Backend("expanded", expanded_attention)
+    torch.manual_seed(0)
+    model = timm.create_model("vz_biformer_small", dense=True, n_win=16).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    images = torch.randn(1, 3, *size)
+    before = resident_peak()
+    start = time.perf_counter()
+    backend = "portable" if side == "picked" else "expanded"
+    with use_backend(backend, operator="routed_attention"):
+        loss = sum(x.relu().square().mean() for x in model(images))
+        loss.backward()
+        optimizer.step()
+    return {
+        "side": side,
+        "seconds": time.perf_counter() - start,
+        "before_bytes": before,
+        "peak_bytes": resident_peak(),
+        "step_bytes": resident_peak() - before,
+        "loss": loss.item(),
+    }
+
+
+def main() -> None:
+    """Run both sides and write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--side", choices=["picked", "expanded"], help="one side, in this process")
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1344), metavar=("H", "W"))
+    default = Path(__file__).with_suffix(".json")
+    parser.add_argument("--out", type=Path, default=default)
+    arguments = parser.parse_args()
+    size = tuple(arguments.size)
+    if arguments.side:
+        print(json.dumps(step(arguments.side, size)))
+        return
+    sides = {}
+    for side in ("picked", "expanded"):
+        command = [sys.executable, __file__, "--side", side, "--size", *map(str, size)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        sides[side] = json.loads(done.stdout.splitlines()[-1])
+        print(sides[side], flush=True)
+    ratio = sides["picked"]["peak_bytes"] / sides["expanded"]["peak_bytes"]
+    report = {
+        "machine": machine(),
+        "model": "vz_biformer_small",
+        "size": size,
+        "sides": sides,
+        "peak_ratio": ratio,
+        "step_ratio": sides["picked"]["step_bytes"] / sides["expanded"]["step_bytes"],
+        "bar": BAR,
+        "reached": ratio <= BAR,
+    }
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"peak: {ratio:.3f} of the expanded gather's (bar {BAR})")
+
+
+if __name__ == "__main__":
+    main()
