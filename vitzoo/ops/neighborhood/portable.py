@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -74,6 +75,19 @@ class Axis:
         return torch.where(inside, key - query + k - 1, 2 * k - 1)
 
 
+@lru_cache(maxsize=64)
+def _entries(y: Axis, x: Axis, i: int, device: torch.device) -> Tensor:
+    """Where row i of tiles finds its bias in a table flattened with a masked row and column.
+
+    (strips, queries of a tile, keys of its rectangle), flattened. Kept between calls: the same few
+    maps come back in every block.
+    """
+    with torch.inference_mode(False):
+        rows_y, rows_x = y.rows(device)[i], x.rows(device)
+        found = rows_y[:, None, :, None] * (2 * x.kernel_size) + rows_x[:, None, :, None, :]
+        return found.flatten().int()
+
+
 class Table:
     """The bias table spread over the rectangles of each row of tiles, -inf where masked."""
 
@@ -85,16 +99,18 @@ class Table:
         self.wide = torch.promote_types(like.dtype, torch.float32)
         self.table = F.pad(table, (0, 1, 0, 1), value=float("-inf"))
         self.y, self.x = y, x
-        self.rows_y, self.rows_x = y.rows(like.device), x.rows(like.device)
         self.spread: dict[int, Tensor] = {}
 
     def __getitem__(self, i: int) -> Tensor:
         """(heads or 1, strips, queries of a tile, keys of its rectangle) for row i of tiles."""
         i = self.y.like(i)
         if i not in self.spread:
-            found = self.table[:, self.rows_y[i]].index_select(-1, self.rows_x.flatten())
-            found = found.unflatten(-1, self.rows_x.shape).permute(0, 3, 1, 4, 2, 5)
-            self.spread[i] = found.flatten(2, 3).flatten(-2)
+            # A tensor made while a graph is traced must not be kept.
+            entries = _entries.__wrapped__ if torch.compiler.is_exporting() else _entries
+            where = entries(self.y, self.x, i, self.table.device)
+            found = self.table.flatten(1).index_select(1, where)
+            shape = (self.x.count, self.y.tile * self.x.tile, self.y.span * self.x.span)
+            self.spread[i] = found.unflatten(1, shape)
         return self.spread[i]
 
     def collect(self, spread: dict[int, Tensor], i: int, d_logits: Tensor) -> None:
@@ -109,8 +125,8 @@ class Table:
     def gradient(self, spread: dict[int, Tensor]) -> Tensor:
         """Gradient of the bias from the gradients of what `__getitem__` gave."""
         marks_y, marks_x = (
-            F.one_hot(rows, 2 * axis.kernel_size).to(self.wide)
-            for rows, axis in ((self.rows_y, self.y), (self.rows_x, self.x))
+            F.one_hot(axis.rows(self.table.device), 2 * axis.kernel_size).to(self.wide)
+            for axis in (self.y, self.x)
         )
         total = torch.zeros_like(self.table, dtype=self.wide)
         for i, grad in spread.items():
@@ -204,7 +220,7 @@ class _Strips:
 
     def weights(self, q: Tensor, k: Tensor, spread: Tensor) -> Tensor:
         """Probabilities (strips, queries, keys) of one row of tiles."""
-        logits = q @ k.transpose(1, 2)
+        logits = torch.bmm(q, k.transpose(1, 2))
         # A tile that hangs over the lower end has fewer rows.
         logits.view(-1, self.heads, self.x.count, *logits.shape[1:]).add_(
             spread[:, :, : q.shape[1]]
@@ -247,7 +263,7 @@ def _forward(
             qs, ks, vs = strips.queries(q_maps, scale), strips.keys(k_maps), strips.keys(v_maps)
             for i in range(y.count):
                 weights = strips.weights(strips.query_tile(qs, i), strips.key_tile(ks, i), table[i])
-                strips.write(out_maps, i, weights @ strips.key_tile(vs, i))
+                strips.write(out_maps, i, torch.bmm(weights, strips.key_tile(vs, i)))
     return out
 
 
@@ -289,12 +305,12 @@ def _backward_chunk(
         k, v = strips.key_tile(ks, i), strips.key_tile(vs, i)
         weights = strips.weights(q, k, table[i])
         d_logits = torch.ops.aten._softmax_backward_data(
-            grad @ v.transpose(1, 2), weights, -1, weights.dtype
+            torch.bmm(grad, v.transpose(1, 2)), weights, -1, weights.dtype
         )
         # Products into fresh memory: the CPU's batched product is slow with strided outputs.
-        strips.write(dq_maps, i, (d_logits @ k).mul_(scale))
-        strips.key_tile(dks, i).add_(d_logits.transpose(1, 2) @ q)
-        strips.key_tile(dvs, i).add_(weights.transpose(1, 2) @ grad)
+        strips.write(dq_maps, i, torch.bmm(d_logits, k).mul_(scale))
+        strips.key_tile(dks, i).add_(torch.bmm(d_logits.transpose(1, 2), q))
+        strips.key_tile(dvs, i).add_(torch.bmm(weights.transpose(1, 2), grad))
         if table.learned:
             table.collect(spread, i, d_logits)
     for d_maps, d_strips in ((dk_maps, dks), (dv_maps, dvs)):
