@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import vitzoo  # noqa: F401
 from tests.golden_cases import GoldenCase, load_case
-from vitzoo.attention.sparse import AttentionRecord, SparseAttention, Sparsity
-from vitzoo.backbones.sparsifiner import Block, Details, Sparsifiner
+from vitzoo.attention.connectivity import Sparsity
+from vitzoo.attention.sparse import AttentionRecord, SparseAttention, SparseBlock
+from vitzoo.backbones.sparsifiner import Details, Sparsifiner
 
 FLIPPED = 1e-3
 AFTER_A_FLIP = 1e-2
@@ -139,6 +140,6 @@ def test_norms_and_activations(name: str, eps: float) -> None:
             assert module.eps == eps
         if isinstance(module, nn.BatchNorm2d):
             assert module.eps == 1e-5
-        if isinstance(module, Block):
+        if isinstance(module, SparseBlock):
             assert isinstance(module.mlp.act, nn.GELU)
             assert module.mlp.act.approximate == "none"

@@ -1,246 +1,43 @@
-"""Attention over connections that a small predictor chooses for each image (Sparsifiner).
+"""Self-attention over the connections that a predictor chooses (Sparsifiner).
 
-Tokens are (B, N, C): the class token, then the patches of a (rows, columns) grid in raster order.
+Tokens are (B, N, C): the class token, then the patches of a grid in raster order.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import register_notrace_function, register_notrace_module, trunc_normal_
+from timm.layers import DropPath, register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitzoo.attention.choices import make_choice
-from vitzoo.attention.layers import Linear
+from vitzoo.attention.connectivity import (
+    Connectivity,
+    ConnectivityPredictor,
+    Grid,
+    Sparsity,
+    clear_dead,
+)
+from vitzoo.attention.layers import Linear, Mlp
 from vitzoo.ops import attention, attention_weights, topk_mask
-
-Grid = tuple[int, int]
-
-
-@register_notrace_function
-def token_resize(trained: Grid, grid: Grid, like: Tensor) -> Tensor | None:
-    """The linear map (N, trained N) from a table of token positions to one of another patch grid.
-
-    Bicubic without antialiasing, as the authors resize `pos_embed`; the class row passes through.
-    One matrix serves all tables of a network; None if the grids are equal.
-
-    Args:
-        trained, grid: rows and columns of patches.
-        like: a tensor on the device to use.
-    """
-    if tuple(trained) == tuple(grid):
-        return None
-    patches = trained[0] * trained[1]
-    units = torch.eye(patches, device=like.device).view(1, patches, *trained)
-    columns = F.interpolate(units, size=tuple(grid), mode="bicubic", align_corners=False)
-    matrix = F.pad(columns[0].flatten(1).t(), (1, 0, 1, 0))
-    return matrix + F.pad(matrix.new_ones(1, 1), (0, patches, 0, matrix.shape[0] - 1))
-
-
-@register_notrace_function
-def resize_token_table(table: Tensor, resize: Tensor | None) -> Tensor:
-    """Apply what `token_resize` returned to a table (trained N, D)."""
-    return table if resize is None else (resize @ table.to(resize.dtype)).to(table.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sparsity:
-    """What decides which connections are kept (paper section 3).
-
-    Attributes:
-        keep_rate: connections of a query over the number of tokens; a budget, rounded up.
-        score_threshold: keep the connections that score above it instead of a budget.
-        top_coefficients: basis coefficients kept per query; None keeps those above the threshold.
-        coefficient_threshold: used where `top_coefficients` is None; 0 keeps all.
-        basis_threshold: basis entries up to this magnitude count as zero.
-        token_factor: tokens over rows of the basis, at the trained size.
-        channel_factor: head_dim over the predictor's width.
-        shared_tables: one table both reduces the tokens and is the basis.
-        prune_rows: pruned tokens attend to nothing; False leaves their (unread) rows.
-    """
-
-    keep_rate: float = 0.25
-    score_threshold: float | None = None
-    top_coefficients: int | None = 8
-    coefficient_threshold: float = 0.05
-    basis_threshold: float = 0.02
-    token_factor: float = 6
-    channel_factor: int = 2
-    shared_tables: bool = False
-    prune_rows: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep_rate <= 1:
-            raise ValueError(f"keep_rate must be in (0, 1], got {self.keep_rate}")
-        if self.score_threshold is not None and self.score_threshold <= 0:
-            raise ValueError(f"score_threshold must be positive, got {self.score_threshold}")
-
-
-class Connectivity(NamedTuple):
-    """What the predictor says of one block.
-
-    `basis` (K, N) or (B, 1, K, N), `coefficients` (B, heads, N-1, K), `score` (B, heads, N-1, N),
-    `mask` boolean (B, heads, N, N) with the class token's full row first.
-    """
-
-    basis: Tensor
-    coefficients: Tensor
-    score: Tensor
-    mask: Tensor
 
 
 class AttentionRecord(NamedTuple):
     """An attention block's output and all that losses and statistics read.
 
-    `masked_attention` holds the weights that were used and `attention` those without a mask, both
-    (B, heads, N, N); `live` (B, N-1) marks the patch tokens left after the block, None for all.
+    `connectivity` is None where there is no predictor; `masked_attention` holds the weights that
+    were used and `attention` those without a mask, both (B, heads, N, N); `live` (B, N-1) marks the
+    patch tokens left after the block, None for all.
     """
 
     out: Tensor
-    connectivity: Connectivity
+    connectivity: Connectivity | None
     masked_attention: Tensor
     attention: Tensor
     live: Tensor | None
-
-
-def _clear_dead(x: Tensor, live: Tensor) -> Tensor:
-    """Zero the patch rows of x (B, N, ...) that `live` (B, N-1) does not mark."""
-    alive = F.pad(live, (1, 0), value=True)
-    return x.masked_fill(~alive.view(*alive.shape, *(1,) * (x.dim() - 2)), 0.0)
-
-
-class ConnectivityPredictor(nn.Module):
-    """Scores all connections of a block by low-rank attention and keeps the best (section 3.2).
-
-    The keys are reduced to K rows, each query weighs them, and a K x N basis turns the weights back
-    into a score for every token. Both tables belong to token positions; at other sizes they are
-    resized on the patch grid and K stays.
-
-    Args:
-        dim: channels.
-        num_heads: heads, which share the weights.
-        grid_size: patch grid (rows, columns) of the trained size.
-        sparsity: what is kept.
-    """
-
-    def __init__(
-        self, dim: int, num_heads: int, grid_size: Grid, *, sparsity: Sparsity, **factory: Any
-    ) -> None:
-        super().__init__()
-        head_dim, tokens = dim // num_heads, grid_size[0] * grid_size[1] + 1
-        width, rows = head_dim // sparsity.channel_factor, int(tokens // sparsity.token_factor)
-        if width < 1 or rows < 1:
-            raise ValueError(
-                f"channel_factor {sparsity.channel_factor} and token_factor"
-                f" {sparsity.token_factor} leave nothing of {head_dim} channels and {tokens} tokens"
-            )
-        self.sparsity = sparsity
-        # The number of heads, where the head's width would be usual: as the authors train it.
-        self.scale = num_heads**-0.5
-        self.proj_n = nn.Parameter(torch.empty(tokens, rows, **factory))
-        if sparsity.shared_tables:
-            self.proj_back_n = self.proj_n
-        else:
-            self.proj_back_n = nn.Parameter(torch.empty(tokens, rows, **factory))
-        self.proj_c_q = Linear(head_dim, width, **factory)
-        self.proj_c_k = Linear(head_dim, width, **factory)
-        self.init_tables()
-
-    def init_tables(self) -> None:
-        """Truncated normal of 0.02, as the authors' code."""
-        trunc_normal_(self.proj_n, std=0.02)
-        if not self.sparsity.shared_tables:
-            trunc_normal_(self.proj_back_n, std=0.02)
-
-    def set_tables(self, resize: Tensor | None) -> None:
-        """Resize both tables for good."""
-        for name in ("proj_n", "proj_back_n"):
-            table = getattr(self, name)
-            resized = resize_token_table(table.detach(), resize)
-            setattr(self, name, nn.Parameter(resized, requires_grad=table.requires_grad))
-        if self.sparsity.shared_tables:
-            self.proj_back_n = self.proj_n
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        resize: Tensor | None = None,
-        kept: Tensor | None = None,
-        live: Tensor | None = None,
-        left: int | None = None,
-        signed: bool = False,
-    ) -> Connectivity:
-        """Predict a block's connections.
-
-        Args:
-            q, k: (B, N, heads, head_dim), unscaled.
-            resize: from `token_resize`, where the image has not the trained size.
-            kept: positions (B, N-1) of the patch tokens that are left, if pruning removed some.
-            live: mask (B, N-1) of the patch tokens that are left, if pruning masks them.
-            left: their number in each image, which bounds the budget; None without pruning.
-            signed: use the raw basis and all coefficients (the reconstruction phase).
-        """
-        table, back = (
-            resize_token_table(table, resize) for table in (self.proj_n, self.proj_back_n)
-        )
-        budget = self._budget(len(table), left)
-        if kept is not None:
-            rows = F.pad(kept + 1, (1, 0))
-            table, back = table[rows][:, None], back[rows][:, None]
-        basis = back.transpose(-2, -1)
-        if not signed:
-            basis = F.threshold(basis.abs(), self.sparsity.basis_threshold, 0.0)
-        qc, kc = self.proj_c_q(q), self.proj_c_k(k)
-        if live is not None:
-            qc, kc = _clear_dead(qc, live), _clear_dead(kc, live)
-        reduced = kc.permute(0, 2, 3, 1) @ table
-        logits = (qc[:, 1:].transpose(1, 2) @ reduced) * self.scale
-        coefficients = logits.softmax(dim=-1)
-        if not signed:
-            coefficients = self._sparse_coefficients(coefficients, tied=live is not None)
-        score = coefficients @ basis
-        mask = self._connect(score.detach(), budget, live)
-        return Connectivity(basis, coefficients, score, mask)
-
-    def _sparse_coefficients(self, coefficients: Tensor, *, tied: bool) -> Tensor:
-        top, threshold = self.sparsity.top_coefficients, self.sparsity.coefficient_threshold
-        if top is None:
-            return F.threshold(coefficients, threshold, 0.0) if threshold > 0 else coefficients
-        # The coefficients of a masked token are all equal. Nothing reads what it attends to, but
-        # with torch's choice among equals the rows are the authors' too.
-        backend = "reference" if tied else "auto"
-        count = min(top, coefficients.shape[-1])
-        chosen = make_choice(lambda: topk_mask(coefficients.detach(), count, backend=backend))
-        return torch.where(chosen, coefficients, 0.0)
-
-    def _connect(self, score: Tensor, budget: int, live: Tensor | None) -> Tensor:
-        """Boolean (B, heads, N, N) from the scores of all but the class token."""
-        if live is not None:
-            dead = F.pad(~live, (1, 0), value=False)
-            score = score.masked_fill(dead[:, None, None], float("-inf"))
-        threshold = self.sparsity.score_threshold
-        if threshold is not None:
-            mask = make_choice(lambda: score > threshold)
-        else:
-            mask = make_choice(lambda: topk_mask(score, budget))
-        if live is not None and self.sparsity.prune_rows:
-            mask = mask & live[:, None, :, None]
-        return F.pad(mask, (0, 0, 1, 0), value=True)
-
-    def _budget(self, tokens: int, left: int | None) -> int:
-        """Keys per query: a share of all tokens, but no more than the patch tokens that are left.
-
-        The authors' module keeps a budget that shrank for one image for all later ones; this does
-        not.
-        """
-        budget = math.ceil(self.sparsity.keep_rate * tokens)
-        return budget if left is None else min(budget, left)
 
 
 @register_notrace_module
@@ -251,7 +48,7 @@ class SparseAttention(nn.Module):
         dim: channels in and out.
         num_heads: heads; divides `dim`.
         grid_size: patch grid (rows, columns) of the trained size.
-        sparsity: which connections are kept.
+        sparsity: which connections are kept; None keeps all and builds no predictor.
         qkv_bias: bias of the projection.
         proj_drop: dropout after the output projection.
 
@@ -266,7 +63,7 @@ class SparseAttention(nn.Module):
         num_heads: int,
         grid_size: Grid,
         *,
-        sparsity: Sparsity,
+        sparsity: Sparsity | None,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         **factory: Any,
@@ -279,15 +76,17 @@ class SparseAttention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.proj = Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.mask_predictor = ConnectivityPredictor(
-            dim, num_heads, grid_size, sparsity=sparsity, **factory
-        )
+        self.mask_predictor = None
+        if sparsity is not None:
+            self.mask_predictor = ConnectivityPredictor(
+                dim, num_heads, grid_size, sparsity=sparsity, **factory
+            )
 
     def forward(self, x: Tensor, resize: Tensor | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C) for all tokens; `resize` as `token_resize` returns it."""
         q, k, v = self._qkv(x)
         mask = None
-        if not (self.reconstruct and self.training):
+        if self.mask_predictor is not None and not self._reconstructing:
             # The mask is detached: no gradient would reach the predictor.
             with torch.no_grad():
                 mask = self.mask_predictor(q, k, resize=resize).mask
@@ -312,6 +111,8 @@ class SparseAttention(nn.Module):
             (B, 1 + n, C), and the indices (B, keep) into the n tokens of those that stay, ascending
             (None for all).
         """
+        if self.mask_predictor is None:
+            raise ValueError("pruned tokens need a predictor")
         q, k, v = self._qkv(x)
         n = kept.shape[1]
         with torch.no_grad():
@@ -351,13 +152,13 @@ class SparseAttention(nn.Module):
             keep: how many of them stay after this block; None for all.
         """
         q, k, v = self._qkv(x)
-        reconstructing = self.reconstruct and self.training
         if live is not None:
-            q, k, v = (_clear_dead(t, live) for t in (q, k, v))
-        found = self.mask_predictor(
-            q, k, resize=resize, live=live, left=left, signed=reconstructing
-        )
-        mask = None if reconstructing else found.mask
+            q, k, v = (clear_dead(t, live) for t in (q, k, v))
+        found, mask = None, None
+        if self.mask_predictor is not None:
+            signed = self._reconstructing
+            found = self.mask_predictor(q, k, resize=resize, live=live, left=left, signed=signed)
+            mask = None if signed else found.mask
         dense = attention_weights(q, k)
         used = dense if mask is None else attention_weights(q, k, mask=mask)
         out = self._project(attention(q, k, v, mask=mask))
@@ -368,6 +169,10 @@ class SparseAttention(nn.Module):
             live = make_choice(lambda: topk_mask(token_score, keep))
         return AttentionRecord(out, found, used, dense, live)
 
+    @property
+    def _reconstructing(self) -> bool:
+        return self.reconstruct and self.training
+
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         return q, k, v
@@ -375,3 +180,65 @@ class SparseAttention(nn.Module):
     def _project(self, x: Tensor) -> Tensor:
         """(B, N, heads, head_dim) -> (B, N, C)."""
         return self.proj_drop(self.proj(x.flatten(2)))
+
+
+class SparseBlock(nn.Module):
+    """Attention and MLP, each behind a norm and with its residual divided by `skip_scale`."""
+
+    def __init__(
+        self,
+        dim: int,
+        attn: SparseAttention,
+        *,
+        mlp_ratio: float,
+        norm_eps: float,
+        skip_scale: float,
+        proj_drop: float,
+        drop_path: float,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, **factory)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.skip_scale = skip_scale
+
+    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
+        branch = self.drop_path(branch)
+        return x + (branch if self.skip_scale == 1 else branch / self.skip_scale)
+
+    def forward(self, x: Tensor, resize: Tensor | None = None) -> Tensor:
+        """(B, N, C) -> (B, N, C); `resize` is for the tables of token positions."""
+        x = self._add(x, self.attn(self.norm1(x), resize))
+        return self._add(x, self.mlp(self.norm2(x)))
+
+    def remaining(
+        self, x: Tensor, resize: Tensor | None, kept: Tensor, removed: int, keep: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` on the tokens at positions `kept` (B, n), of which `keep` stay after it."""
+        out, stay = self.attn.remaining(self.norm1(x), resize, kept, removed=removed, keep=keep)
+        x = self._add(x, out)
+        if stay is not None:
+            kept = kept.gather(1, stay)
+            rows = F.pad(stay + 1, (1, 0))
+            x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+        return self._add(x, self.mlp(self.norm2(x))), kept
+
+    def detailed(
+        self,
+        x: Tensor,
+        resize: Tensor | None,
+        live: Tensor | None,
+        left: int | None,
+        keep: int | None,
+    ) -> tuple[Tensor, AttentionRecord]:
+        """`forward` with masked tokens, and the attention's record."""
+        record = self.attn.detailed(self.norm1(x), resize, live, left=left, keep=keep)
+        x = self._add(x, record.out)
+        x = self._add(x, self.mlp(self.norm2(x)))
+        if record.live is not None:
+            alive = F.pad(record.live, (1, 0), value=True)
+            x = x.masked_fill(~alive[..., None], 0.0)
+        return x, record

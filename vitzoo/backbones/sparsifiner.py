@@ -12,26 +12,21 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from timm.layers import DropPath, register_notrace_module, to_2tuple, trunc_normal_
+from timm.layers import register_notrace_module, to_2tuple, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
-from vitzoo.attention.layers import Linear, Mlp, pad_image_to_multiple
-from vitzoo.attention.sparse import (
-    AttentionRecord,
-    Grid,
-    SparseAttention,
-    Sparsity,
-    resize_token_table,
-    token_resize,
-)
+from vitzoo.attention.connectivity import Grid, Sparsity, resize_token_table, token_resize
+from vitzoo.attention.layers import Linear, pad_image_to_multiple
+from vitzoo.attention.sparse import AttentionRecord, SparseAttention, SparseBlock
 from vitzoo.backbones._build import StateDict, build_backbone, unwrap
 from vitzoo.backbones._registry import ModelInfo, register
 from vitzoo.zoo.entries import DataConfig, timm_configs
@@ -84,68 +79,6 @@ class ConvPatchEmbed(nn.Module):
         x = self.bn2(self.conv2(x)).relu()
         x = self.bn3(self.conv3(x)).relu()
         return self.proj(x)
-
-
-class Block(nn.Module):
-    """Attention and MLP, each behind a norm and with its residual divided by `skip_scale`."""
-
-    def __init__(
-        self,
-        attn: SparseAttention,
-        dim: int,
-        *,
-        mlp_ratio: float,
-        norm_eps: float,
-        skip_scale: float,
-        proj_drop: float,
-        drop_path: float,
-        **factory: Any,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, **factory)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **factory)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.skip_scale = skip_scale
-
-    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
-        branch = self.drop_path(branch)
-        return x + (branch if self.skip_scale == 1 else branch / self.skip_scale)
-
-    def forward(self, x: Tensor, resize: Tensor | None = None) -> Tensor:
-        """(B, N, C) -> (B, N, C); `resize` is for the tables of token positions."""
-        x = self._add(x, self.attn(self.norm1(x), resize))
-        return self._add(x, self.mlp(self.norm2(x)))
-
-    def remaining(
-        self, x: Tensor, resize: Tensor | None, kept: Tensor, removed: int, keep: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """`forward` on the tokens at positions `kept` (B, n), of which `keep` stay after it."""
-        out, stay = self.attn.remaining(self.norm1(x), resize, kept, removed=removed, keep=keep)
-        x = self._add(x, out)
-        if stay is not None:
-            kept = kept.gather(1, stay)
-            rows = nn.functional.pad(stay + 1, (1, 0))
-            x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
-        return self._add(x, self.mlp(self.norm2(x))), kept
-
-    def detailed(
-        self,
-        x: Tensor,
-        resize: Tensor | None,
-        live: Tensor | None,
-        left: int | None,
-        keep: int | None,
-    ) -> tuple[Tensor, AttentionRecord]:
-        """`forward` with masked tokens, and the attention's record."""
-        record = self.attn.detailed(self.norm1(x), resize, live, left=left, keep=keep)
-        x = self._add(x, record.out)
-        x = self._add(x, self.mlp(self.norm2(x)))
-        if record.live is not None:
-            alive = nn.functional.pad(record.live, (1, 0), value=True)
-            x = x.masked_fill(~alive[..., None], 0.0)
-        return x, record
 
 
 @dataclass(frozen=True)
@@ -205,6 +138,7 @@ class Sparsifiner(nn.Module):
         skip_scale: divides both residual branches.
         aux_head: classify patch tokens too; in eval mode half of their largest logits is added.
             The head learns from distillation only, so fine-tuning on labels alone goes without.
+        predictor: False builds the dense model, the start and the teacher of training.
         sparsity: which connections are kept, with `keep_rate` in place of its own if that is given.
         keep_rate: share of the tokens that a query attends to, one for all blocks or one per block.
         pruning_blocks: blocks that prune patch tokens by the class token's attention.
@@ -217,6 +151,9 @@ class Sparsifiner(nn.Module):
 
     Attributes:
         phase: see `set_phase`.
+        train_output: what `forward` returns in train mode: `logits`, or the `Details` that losses
+            need, of the `tokens` or also of all blocks' `attention`. A wrapper for several
+            processes only sees `forward`.
     """
 
     # Any, because indexing an nn.ModuleList gives mypy no `Block`.
@@ -238,6 +175,7 @@ class Sparsifiner(nn.Module):
         conv_stem: bool = False,
         skip_scale: float = 1.0,
         aux_head: bool = False,
+        predictor: bool = True,
         sparsity: Sparsity | dict[str, Any] | None = None,
         keep_rate: float | Sequence[float] | None = None,
         pruning_blocks: Sequence[int] = (),
@@ -257,8 +195,11 @@ class Sparsifiner(nn.Module):
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
         self.phase: Phase | None = None
-        if aux_head and pruning_blocks:
-            raise ValueError("the auxiliary head reads every token: it goes with no pruning_blocks")
+        self.train_output: Literal["logits", "tokens", "attention"] = "logits"
+        if pruning_blocks and (aux_head or not predictor):
+            raise ValueError(
+                "pruning_blocks need a predictor, and no auxiliary head, which reads every token"
+            )
         self.token_keep_rates = _token_keep_rates(token_keep_rate, pruning_blocks, depth)
         self.grid_size = tuple(-(-side // PATCH_SIZE) for side in to_2tuple(img_size))
         stem = ConvPatchEmbed if conv_stem else PatchEmbed
@@ -268,28 +209,29 @@ class Sparsifiner(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim, **factory))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-        blocks = []
-        for settings, rate in zip(_per_block(sparsity, keep_rate, depth), rates, strict=True):
-            attn = SparseAttention(
-                embed_dim,
-                num_heads,
-                self.grid_size,
-                sparsity=settings,
-                qkv_bias=qkv_bias,
-                proj_drop=proj_drop_rate,
-                **factory,
-            )
-            block = Block(
-                attn,
-                embed_dim,
-                mlp_ratio=mlp_ratio,
-                norm_eps=norm_eps,
-                skip_scale=skip_scale,
-                proj_drop=proj_drop_rate,
-                drop_path=rate,
-                **factory,
-            )
-            blocks.append(block)
+        attention: Any = partial(
+            SparseAttention,
+            embed_dim,
+            num_heads,
+            self.grid_size,
+            qkv_bias=qkv_bias,
+            proj_drop=proj_drop_rate,
+            **factory,
+        )
+        block: Any = partial(
+            SparseBlock,
+            embed_dim,
+            mlp_ratio=mlp_ratio,
+            norm_eps=norm_eps,
+            skip_scale=skip_scale,
+            proj_drop=proj_drop_rate,
+            **factory,
+        )
+        settings = _per_block(sparsity, keep_rate, depth) if predictor else [None] * depth
+        blocks = [
+            block(attention(sparsity=own), drop_path=rate)
+            for own, rate in zip(settings, rates, strict=True)
+        ]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps, **factory)
         self.head_drop = nn.Dropout(drop_rate)
@@ -406,8 +348,10 @@ class Sparsifiner(nn.Module):
         logits = self.head(pooled)
         return logits if self.aux_head is None else self.aux_head(x[:, 1:], logits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> logits (B, num_classes)."""
+    def forward(self, x: Tensor) -> Tensor | Details:
+        """Images (B, in_chans, H, W) -> logits (B, num_classes); see `train_output`."""
+        if self.training and self.train_output != "logits":
+            return self.forward_details(x, attention=self.train_output == "attention")
         return self.forward_head(self.forward_features(x))
 
     def forward_details(self, x: Tensor, *, attention: bool = True) -> Details:
@@ -498,7 +442,8 @@ class Sparsifiner(nn.Module):
         resized = resize_token_table(self.pos_embed.detach()[0], resize)
         self.pos_embed = nn.Parameter(resized[None], requires_grad=self.pos_embed.requires_grad)
         for block in self.blocks:
-            block.attn.mask_predictor.set_tables(resize)
+            if block.attn.mask_predictor is not None:
+                block.attn.mask_predictor.set_tables(resize)
         self.grid_size = grid
         update_model_input_size(self, to_2tuple(img_size))
 
@@ -647,16 +592,17 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
         side = math.isqrt(positions.shape[1] - 1)
         resize = token_resize((side, side), model.grid_size, positions)
         state_dict["pos_embed"] = resize_token_table(positions[0], resize)[None]
-    if not any(".mask_predictor." in name for name in state_dict):
+    expected = any(".mask_predictor." in name for name in own)
+    if not expected:
+        state_dict = {k: v for k, v in state_dict.items() if ".mask_predictor." not in k}
+    elif not any(".mask_predictor." in name for name in state_dict):
         logger.warning(
             "the file holds a dense model: the connectivity predictors start untrained, and until"
             " their phase (attn_recon) has run the model attends to arbitrary tokens"
         )
         state_dict |= {name: own[name] for name in own if ".mask_predictor." in name}
     if "aux_head.weight" not in own:
-        state_dict = {
-            name: value for name, value in state_dict.items() if not name.startswith("aux_head.")
-        }
+        state_dict = {k: v for k, v in state_dict.items() if not k.startswith("aux_head.")}
     return state_dict
 
 
