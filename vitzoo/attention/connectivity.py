@@ -178,21 +178,40 @@ class ConnectivityPredictor(nn.Module):
         budget = self._budget(len(table), left)
         if kept is not None:
             rows = F.pad(kept + 1, (1, 0))
-            table, back = table[rows][:, None], back[rows][:, None]
+            table, back = table[rows], back[rows]
+        if live is not None:
+            table = table * F.pad(live, (1, 0), value=True)[..., None]
         basis = back.transpose(-2, -1)
+        if kept is not None:
+            basis = basis[:, None]
         if not signed:
             basis = F.threshold(basis.abs(), self.sparsity.basis_threshold, 0.0)
-        qc, kc = self.proj_c_q(q), self.proj_c_k(k)
+        logits = self._logits(q, k, table)
         if live is not None:
-            qc, kc = clear_dead(qc, live), clear_dead(kc, live)
-        reduced = kc.permute(0, 2, 3, 1) @ table
-        logits = (qc[:, 1:].transpose(1, 2) @ reduced) * self.scale
+            logits = clear_dead(logits.transpose(1, 2), live).transpose(1, 2)
         coefficients = logits.softmax(dim=-1)
         if not signed:
             coefficients = self._sparse_coefficients(coefficients, tied=live is not None)
         score = coefficients @ basis
         mask = self._connect(score.detach(), budget, live)
-        return Connectivity(basis, coefficients, score, mask)
+        return Connectivity(basis, coefficients[:, :, 1:], score[:, :, 1:], mask)
+
+    def _logits(self, q: Tensor, k: Tensor, table: Tensor) -> Tensor:
+        """scale * (Wq q + bq) . sum_n (Wk k_n + bk) table_n, for a table (N, K) or (B, N, K).
+
+        Summed over the tokens first, and Wq multiplied into the K sums: nothing of N rows is copied
+        but the queries.
+
+        Returns:
+            (B, heads, N, K).
+        """
+        sums = (table.transpose(-2, -1) @ k.flatten(2)).unflatten(-1, k.shape[2:])
+        reduced = F.linear(sums, self.proj_c_k.weight)
+        reduced = reduced + table.sum(-2)[..., None, None] * self.proj_c_k.bias
+        reduced = (reduced * self.scale).transpose(1, 2)
+        offset = reduced @ self.proj_c_q.bias
+        folded = reduced @ self.proj_c_q.weight
+        return q.transpose(1, 2) @ folded.transpose(-2, -1) + offset[:, :, None]
 
     def _sparse_coefficients(self, coefficients: Tensor, *, tied: bool) -> Tensor:
         top, threshold = self.sparsity.top_coefficients, self.sparsity.coefficient_threshold
@@ -206,18 +225,20 @@ class ConnectivityPredictor(nn.Module):
         return torch.where(chosen, coefficients, 0.0)
 
     def _connect(self, score: Tensor, budget: int, live: Tensor | None) -> Tensor:
-        """Boolean (B, heads, N, N) from the scores of all but the class token."""
+        """Boolean (B, heads, N, N) from the scores (the class token's own are not used)."""
         if live is not None:
             dead = F.pad(~live, (1, 0), value=False)
             score = score.masked_fill(dead[:, None, None], float("-inf"))
         threshold = self.sparsity.score_threshold
-        if threshold is not None:
-            mask = make_choice(lambda: score > threshold)
-        else:
-            mask = make_choice(lambda: topk_mask(score, budget))
-        if live is not None and self.sparsity.prune_rows:
-            mask = mask & live[:, None, :, None]
-        return F.pad(mask, (0, 0, 1, 0), value=True)
+
+        def choose() -> Tensor:
+            mask = score > threshold if threshold is not None else topk_mask(score, budget)
+            if live is not None and self.sparsity.prune_rows:
+                mask = mask & F.pad(live, (1, 0), value=True)[:, None, :, None]
+            mask[:, :, 0] = True
+            return mask
+
+        return make_choice(choose)
 
     def _budget(self, tokens: int, left: int | None) -> int:
         """Keys per query: a share of all tokens, but no more than the patch tokens that are left.

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -26,18 +31,38 @@ def topk_mask_portable(scores: Tensor, k: int) -> Tensor:
 @torch.library.custom_op("vitzoo::topk_mask_numpy", mutates_args=())
 def topk_mask_numpy(scores: Tensor, k: int) -> Tensor:
     """The portable definition with numpy's partition, which is vectorised where torch's is not."""
+    rows = scores.detach().float().contiguous().view(-1, scores.shape[-1])
+    mask = torch.empty(rows.shape, dtype=torch.bool)
+    # A task's share of the scores stays in a core's cache; numpy lets go of the lock meanwhile.
+    parts, outs = rows.split(_TASK_ROWS), mask.split(_TASK_ROWS)
+    threads = min(len(parts), torch.get_num_threads())
+    run = map if threads < 2 else _pool(os.getpid(), threads).map
+    list(run(_mark_largest, parts, outs, itertools.repeat(k)))
+    return mask.view(scores.shape)
+
+
+_TASK_ROWS = 1024
+
+
+@functools.cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process; a fork's copy of the object would have none."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="vitzoo-topk")
+
+
+def _mark_largest(scores: Tensor, out: Tensor, k: int) -> None:
+    """Fill `out` (rows, N) with the mask of the k largest scores of each row."""
     import numpy as np
 
-    length = scores.shape[-1]
-    rows = scores.detach().float().contiguous().view(-1, length).numpy()
-    kth = np.partition(rows, length - k, axis=-1)[:, length - k, None]
-    mask = rows >= kth
+    rows, mask = scores.numpy(), out.numpy()
+    at = rows.shape[1] - k
+    kth = np.partition(rows, at, axis=-1)[:, at, None]
+    np.greater_equal(rows, kth, out=mask)
     if np.count_nonzero(mask) > k * len(rows):
         tied = np.flatnonzero(np.count_nonzero(mask, axis=-1) > k)
         larger, equal = rows[tied] > kth[tied], rows[tied] == kth[tied]
         room = k - np.count_nonzero(larger, axis=-1)[:, None]
         mask[tied] = larger | (equal & (np.cumsum(equal, axis=-1) <= room))
-    return torch.from_numpy(mask).view(scores.shape)
 
 
 @topk_mask_numpy.register_fake
