@@ -228,11 +228,10 @@ class Sparsifiner(nn.Module):
             **factory,
         )
         settings = _per_block(sparsity, keep_rate, depth) if predictor else [None] * depth
-        blocks = [
+        self.blocks = nn.ModuleList(
             block(attention(sparsity=own), drop_path=rate)
             for own, rate in zip(settings, rates, strict=True)
-        ]
-        self.blocks = nn.ModuleList(blocks)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps, **factory)
         self.head_drop = nn.Dropout(drop_rate)
         self.has_aux_head = aux_head

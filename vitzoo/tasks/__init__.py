@@ -32,6 +32,7 @@ __all__ = [
 TASKS = {
     "classification": "vitzoo.tasks.classification:ClassificationTask",
     "detection3d": "vitzoo.tasks.detection3d.task:Detection3DTask",
+    "sparsifiner": "vitzoo.tasks.sparsifiner:SparsifinerTask",
 }
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import group_parameters
+from timm.models import group_parameters, load_state_dict
 from torch import nn
 
 from vitzoo.backbones import list_models
+from vitzoo.backbones._build import unwrap
 from vitzoo.errors import InputError
 
 
@@ -90,8 +91,13 @@ def create_model(options: ModelOptions, num_classes: int, *, pretrained: bool) -
         path = Path(options.checkpoint).expanduser()
         if not path.is_file():
             raise InputError(f"model.checkpoint={options.checkpoint} is no file")
-        arguments["pretrained_cfg_overlay"] = {"file": str(path)}
     try:
+        if load and options.checkpoint is not None:
+            overlay: dict[str, Any] = {"file": str(path)}
+            if classes_in(path, options.name) == num_classes:
+                # timm drops a head unless the file is said to have the model's class count.
+                overlay["num_classes"] = num_classes
+            arguments["pretrained_cfg_overlay"] = overlay
         model = timm.create_model(
             options.name,
             pretrained=load,
@@ -108,6 +114,29 @@ def create_model(options: ModelOptions, num_classes: int, *, pretrained: bool) -
     if options.compile:
         model.compile()
     return model
+
+
+def classes_in(path: Path, name: str) -> int | None:
+    """Outputs of the classifier in a weights file, None if it has none under the model's name.
+
+    Args:
+        path: a file in the zoo's, timm's or the authors' format.
+        name: the model that it is for.
+
+    Raises:
+        InputError: no such file, or not one of plain tensors.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is no file")
+    try:
+        weights = unwrap(load_state_dict(str(path), device="cpu", weights_only=True))
+    except pickle.UnpicklingError as error:
+        raise refused_pickle(str(path)) from error
+    config = timm.get_pretrained_cfg(name)
+    classifier = config.classifier if config else None
+    first = classifier[0] if isinstance(classifier, list | tuple) else classifier
+    head = weights.get(f"{first}.weight")
+    return None if head is None else len(head)
 
 
 def refused_pickle(path: str) -> InputError:

@@ -192,16 +192,21 @@ class ClassificationTask(Task):
         for module in self._frozen:
             module.eval()
 
+    def mix(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images and targets of a batch, mixed as the recipe says."""
+        images, targets = batch
+        return (images, targets) if self._mixup is None else self._mixup(images, targets)
+
+    def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy with mixed targets (B, classes), or with smoothed ones (B,)."""
+        if self._mixup is not None:
+            return SoftTargetCrossEntropy()(logits, targets)
+        return LabelSmoothingCrossEntropy(self.options.augment.smoothing)(logits, targets)
+
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy with smoothed or mixed labels; batch: images (B, C, H, W), targets (B,)."""
-        images, targets = batch
-        if self._mixup is not None:
-            images, targets = self._mixup(images, targets)
-            loss = SoftTargetCrossEntropy()(self.model(images), targets)
-        else:
-            smoothing = self.options.augment.smoothing
-            loss = LabelSmoothingCrossEntropy(smoothing)(self.model(images), targets)
-        return {"loss": loss}
+        images, targets = self.mix(batch)
+        return {"loss": self.criterion(self.model(images), targets)}
 
     def evaluate(self, loader: Iterable[Batch]) -> dict[str, float]:
         """Loss, and top-1 and top-5 accuracy in percent."""
