@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
-from vitzoo.ops import linear
+from vitzoo.ops import linear, linear_gelu
 
 
 class Linear(nn.Linear):
@@ -24,6 +24,7 @@ class Linear(nn.Linear):
 register_notrace_module(Linear)
 
 
+@register_notrace_module
 class Mlp(nn.Module):
     """Linear, exact GELU, Linear on the last axis, as in ViT."""
 
@@ -37,8 +38,14 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(self.fc2(x))
+        return self.drop2(self.fc2(self.drop1(self._hidden(x))))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        fc1, act = self.fc1, self.act
+        hooked = fc1._forward_hooks or fc1._forward_pre_hooks or act._forward_hooks
+        if type(fc1) is Linear and type(act) is nn.GELU and not hooked:
+            return linear_gelu(x, fc1.weight, fc1.bias)
+        return act(fc1(x))  # somebody put another layer in, or listens
 
 
 @register_notrace_module

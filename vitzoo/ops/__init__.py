@@ -6,7 +6,7 @@ from vitzoo.ops.attention_weights import attention_weights
 from vitzoo.ops.channel import channel_attention
 from vitzoo.ops.grouped import grouped_attention
 from vitzoo.ops.halo import halo_attention
-from vitzoo.ops.linear import linear
+from vitzoo.ops.linear import linear, linear_choices, linear_gelu, set_linear_choices
 from vitzoo.ops.lookup import lookup_gather, lookup_infuse, lookup_similarity
 from vitzoo.ops.merge import deformable_merge
 from vitzoo.ops.neighborhood import neighborhood_attention
@@ -25,11 +25,14 @@ __all__ = [
     "grouped_attention",
     "halo_attention",
     "linear",
+    "linear_choices",
+    "linear_gelu",
     "lookup_gather",
     "lookup_infuse",
     "lookup_similarity",
     "neighborhood_attention",
     "routed_attention",
+    "set_linear_choices",
     "topk_mask",
     "use_backend",
     "window_attention",

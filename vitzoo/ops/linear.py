@@ -1,13 +1,208 @@
-"""The linear map, so that a faster product than the BLAS library's can take its place."""
+"""The linear map, so that a faster product than the BLAS library's can take its place.
+
+On CPUs where the BLAS does not use the widest vectors, oneDNN computes a float32 linear layer up to
+twice as fast. Which of the two wins depends on processor, threads and width, so both are timed once
+a process, in a few milliseconds, when the first product of some size asks for it.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._dispatch import Backend, Operator, forced_backend
 
-LINEAR = Operator("linear", [Backend("reference", F.linear)])
+# A product of fewer multiply-adds is over before oneDNN has set itself up.
+_WORTH_IT = 1 << 22
+# Up to this many input features the BLAS is bound by memory and oneDNN's fused bias counts.
+_NARROW = 96
+# A smaller advantage is noise, and the BLAS keeps everybody's numbers.
+_CLEAR_WIN = 1.2
+_CLASSES = ("inference/narrow", "inference/wide", "training/narrow", "training/wide")
+
+_choices: dict[str, str] | None = None
+# weight -> (state, probe, packed copy)
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _is_training(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+def _as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The linear map as a 1x1 convolution over a channels-last view: oneDNN with autograd."""
+    rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+    out = F.conv2d(rows, weight[:, :, None, None], bias)
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """The weight in oneDNN's own order, copied once and again whenever it may have changed.
+
+    In-place updates raise the version, new storage has another address. Writes through `.data` do
+    neither: a sample of the values catches optimisers and averages that work that way.
+    """
+    if weight.is_inference():
+        return weight  # without a version counter
+    state = (weight._version, weight.data_ptr(), weight.shape)
+    flat = weight.detach().reshape(-1)
+    probe = flat[:: flat.numel() // 64 + 1]
+    known = _packed.get(weight)
+    if known is None or known[0] != state or not torch.equal(known[1], probe):
+        copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        known = (state, probe.clone(), copy)
+        _packed[weight] = known
+    return known[2]
+
+
+def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """oneDNN's product: on packed weights in inference, as a convolution where autograd records."""
+    if _is_training(x, weight, bias):
+        _packed.pop(weight, None)
+        return _as_convolution(x, weight, bias)
+    return _pointwise(x, _pack(weight), bias, "none")
+
+
+def linear_gelu_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same with the exact GELU applied while the product is still in the cache."""
+    return _pointwise(x, _pack(weight), bias, "gelu")
+
+
+def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU(x @ weight^T + bias), exact, through `linear`."""
+    return F.gelu(LINEAR(x, weight, bias))
+
+
+def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "A traced graph keeps torch's own linear."
+    if any(t is not None and t.device.type != "cpu" for t in (x, weight, bias)):
+        return "oneDNN serves the CPU only."
+    if any(t is not None and t.dtype != torch.float32 for t in (x, weight, bias)):
+        return "It is for float32; torch sends other dtypes to oneDNN by itself."
+    if torch.is_autocast_enabled("cpu"):
+        return "Autocast chooses the dtype of torch's own linear."
+    if any(type(t) not in (Tensor, nn.Parameter) for t in (x, weight)):
+        return "It takes plain tensors, no subclasses."
+    if _get_current_dispatch_mode() is not None:
+        return "A dispatch mode (fake tensors, counters) should see torch's own linear."
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "Function transforms and forward-mode derivatives need torch's own linear."
+    if not torch.backends.mkldnn.is_available():
+        return "This build of torch has no oneDNN."
+    if x.numel() == 0 or weight.numel() == 0:
+        return "There is nothing to multiply."
+    return None
+
+
+def _gelu_why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    reason = _why_not(x, weight, bias)
+    if reason is None and _is_training(x, weight, bias):
+        return "The fused GELU has no backward."
+    return reason
+
+
+def _auto_skip(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    if x.numel() * weight.shape[0] < _WORTH_IT:
+        return "The product is too small to gain."
+    phase = "training" if _is_training(x, weight, bias) else "inference"
+    width = "narrow" if x.shape[-1] <= _NARROW else "wide"
+    if linear_choices()[f"{phase}/{width}"] != "onednn":
+        return "The BLAS is as fast on this machine."
+    return None
+
+
+def _gelu_auto_skip(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    forced = forced_backend("linear")
+    if forced != "auto":
+        return None if forced == "onednn" else "Another backend is forced for `linear`."
+    return _auto_skip(x, weight, bias)
+
+
+def linear_choices() -> dict[str, str]:
+    """What `auto` takes in this process: class of product -> `onednn` or `reference`.
+
+    The classes are `inference/narrow`, `inference/wide`, `training/narrow` and `training/wide`;
+    narrow is up to 96 input features. The first call decides by timing. A run that is to be
+    repeated bit for bit stores this and gives it to `set_linear_choices`.
+    """
+    global _choices
+    if _choices is None:
+        _choices = _measure()
+    return dict(_choices)
+
+
+def set_linear_choices(choices: Mapping[str, str] | None) -> None:
+    """Fix what `auto` takes, or with None let the next product decide by timing again.
+
+    Raises:
+        ValueError: a class is missing or unknown, or its value is no backend.
+    """
+    global _choices
+    if choices is not None:
+        wrong = set(choices) ^ set(_CLASSES) or set(choices.values()) - set(LINEAR.backends)
+        if wrong:
+            raise ValueError(
+                f"linear choices: {', '.join(sorted(wrong))} missing or unknown; the classes are "
+                f"{', '.join(_CLASSES)}, the values {', '.join(LINEAR.backends)}"
+            )
+        choices = dict(choices)
+    _choices = choices
+
+
+@torch.no_grad()
+def _measure() -> dict[str, str]:
+    if not torch.backends.mkldnn.is_available():
+        return dict.fromkeys(_CLASSES, "reference")
+    found = {}
+    for width, (rows, dim, out) in {"narrow": (4096, 96, 288), "wide": (768, 256, 512)}.items():
+        # Constants: the random state is the user's.
+        x, weight, bias = torch.ones(rows, dim), torch.ones(out, dim), torch.ones(out)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        candidates: dict[str, Callable[[], Tensor]] = {
+            "reference": lambda: F.linear(x, weight, bias),  # noqa: B023
+            "inference": lambda: _pointwise(x, packed, bias, "none"),  # noqa: B023
+            "training": lambda: _as_convolution(x, weight, bias),  # noqa: B023
+        }
+        best = dict.fromkeys(candidates, float("inf"))
+        for _ in range(9):
+            for name, run in candidates.items():
+                start = time.perf_counter()
+                run()
+                best[name] = min(best[name], time.perf_counter() - start)
+        for phase in ("inference", "training"):
+            wins = best["reference"] > _CLEAR_WIN * best[phase]
+            found[f"{phase}/{width}"] = "onednn" if wins else "reference"
+    return found
+
+
+LINEAR = Operator(
+    "linear",
+    [
+        Backend("onednn", linear_onednn, why_not=_why_not, auto_skip=_auto_skip),
+        Backend("reference", F.linear),
+    ],
+)
+LINEAR_GELU = Operator(
+    "linear_gelu",
+    [
+        Backend("onednn", linear_gelu_onednn, why_not=_gelu_why_not, auto_skip=_gelu_auto_skip),
+        Backend("reference", linear_gelu_reference),
+    ],
+)
 
 
 def linear(
@@ -19,9 +214,28 @@ def linear(
         x: (..., in_features).
         weight: (out_features, in_features).
         bias: (out_features,) or None.
-        backend: `auto` or `reference`.
+        backend: `auto`, `onednn` (float32 on the CPU) or `reference`.
 
     Returns:
         (..., out_features).
     """
     return LINEAR(x, weight, bias, backend=backend)
+
+
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """GELU(x @ weight^T + bias), exact; in inference one product where oneDNN is faster.
+
+    A backend forced for `linear` holds here too: `reference` keeps `auto` from fusing.
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+        backend: `auto`, `onednn` (float32 on the CPU, no gradient) or `reference`.
+
+    Returns:
+        (..., out_features).
+    """
+    return LINEAR_GELU(x, weight, bias, backend=backend)
