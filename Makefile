@@ -14,6 +14,15 @@ setup: .setup-done
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
+.demo-done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train]"
+	touch $@
+
+demo: .demo-done
+	$(BIN)/python tools/demo.py
+
 test: setup check
 	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not gpu and not network"
 
@@ -28,3 +37,6 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/models.py
+
+proof: setup
+	$(BIN)/python -m benchmarks.proof

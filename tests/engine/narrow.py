@@ -23,14 +23,14 @@ NARROW: dict[str, Any] = {
     "data": {
         "name": "sklearn/digits",
         "size": 32,
-        "train_first": 104,
+        "train_first": 72,
         "val_first": 40,
         "batch_size": 16,
         "workers": 0,
     },
     "augment": {"auto_augment": "rand-m5-mstd0.5", "erase": 0.25, "mixup": 0.2, "cutmix": 0.5},
     "optim": {"lr": 1e-3, "clip": 1.0},
-    "schedule": {"epochs": 3, "warmup_epochs": 1},
+    "schedule": {"epochs": 2, "warmup_epochs": 1},
     "ema": {"decay": 0.9},
     "run": {"name": "run", "device": "cpu", "precision": "no", "save_every": 1},
 }

@@ -116,7 +116,13 @@ def _agree(folder: RunFolder, recipe: Recipe) -> None:
     Raises:
         InputError: the run was started with other values.
     """
-    if not folder.recipe.exists():
+    if not any(folder.checkpoints.glob("*.safetensors")):
+        if folder.weights.exists():
+            raise InputError(
+                f"{folder.root} has weights but no checkpoint to go on from: give run.name=NAME "
+                "for a new run"
+            )
+        # Nothing is trained yet: a first start that failed must not bind the next.
         write_atomically(folder.recipe, write_recipe(recipe.merged).encode())
         return
     from omegaconf import OmegaConf

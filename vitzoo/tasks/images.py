@@ -30,8 +30,8 @@ class ImageDataOptions(DataOptions):
     """The recipe's `data` section for labelled images.
 
     Attributes:
-        name: empty for a folder of class folders under `root`; `sklearn/digits`; or one of timm's
-            names: `torch/fashion_mnist`, `torch/cifar10`, `hfds/ORG/NAME`, `wds/NAME`.
+        name: None or empty for a folder of class folders under `root`; `sklearn/digits`; or one of
+            timm's names: `torch/fashion_mnist`, `torch/cifar10`, `hfds/ORG/NAME`, `wds/NAME`.
         train_split, val_split: names of the two halves; folders also answer to the usual synonyms.
         train_first, val_first: keep only the first n samples.
         num_classes: where the data set itself does not say (`wds/`).
@@ -40,7 +40,7 @@ class ImageDataOptions(DataOptions):
         mean, std, interpolation, crop_pct: of the evaluation; the model's own if None.
     """
 
-    name: str = ""
+    name: str | None = None
     train_split: str = "train"
     val_split: str = "validation"
     train_first: int | None = None
@@ -202,17 +202,18 @@ def open_source(
         InputError: nothing there, an unknown name, or classes that are not among `labels`.
     """
     split = options.train_split if train else options.val_split
-    prefix, _, rest = options.name.partition("/")
-    if not options.name:
+    name = options.name or ""
+    prefix, _, rest = name.partition("/")
+    if not name:
         return _folder(options, split, train=train, labels=labels)
-    if options.name == "sklearn/digits":
+    if name == "sklearn/digits":
         return digits(train=train)
     if prefix == "torch":
         return _torchvision(options, rest, split)
     if prefix in ("hfds", "hfids", "wds", "tfds"):
-        return _timm_named(options, prefix, split, train=train)
+        return _timm_named(options, name, split, train=train)
     raise InputError(
-        f"unknown data set {options.name!r} (data.name): leave it empty for a folder, or use "
+        f"unknown data set {name!r} (data.name): leave it empty for a folder, or use "
         "sklearn/digits, torch/NAME, hfds/ORG/NAME, hfids/ORG/NAME or wds/NAME"
     )
 
@@ -318,7 +319,7 @@ def _torchvision(options: ImageDataOptions, name: str, split: str) -> Torchvisio
     except (RuntimeError, OSError, AssertionError, TypeError) as error:
         raise InputError(f"torchvision's {name} in {root}: {error}") from None
     labels = getattr(dataset, "classes", None)
-    return TorchvisionSource(dataset, tuple(labels) if labels else None, options.name)
+    return TorchvisionSource(dataset, tuple(labels) if labels else None, f"torch/{name}")
 
 
 def fashion_mnist_root(root: str | None, *, download: bool) -> str:
@@ -353,15 +354,16 @@ def fashion_mnist_root(root: str | None, *, download: bool) -> str:
 
 
 def _timm_named(
-    options: ImageDataOptions, prefix: str, split: str, *, train: bool
+    options: ImageDataOptions, name: str, split: str, *, train: bool
 ) -> Source | ImageStream:
     """`hfds/`, `hfids/`, `wds/` and `tfds/` through timm."""
     from timm.data import create_dataset
 
+    prefix = name.partition("/")[0]
     package = {"wds": "webdataset", "tfds": "tensorflow-datasets"}.get(prefix, "datasets")
     try:
         dataset = create_dataset(
-            options.name,
+            name,
             root=options.root,
             split=split,
             is_training=train,
@@ -369,10 +371,10 @@ def _timm_named(
         )
     except ImportError:
         raise InputError(
-            f"data.name={options.name} needs the package {package!r}: pip install {package}"
+            f"data.name={name} needs the package {package!r}: pip install {package}"
         ) from None
     except (RuntimeError, OSError, AssertionError, ValueError) as error:
-        raise InputError(f"data.name={options.name}: {error}") from None
+        raise InputError(f"data.name={name}: {error}") from None
     if isinstance(dataset, IterableDataset):
         return ImageStream(dataset, lambda image: image)
     by_name = getattr(dataset.reader, "class_to_idx", None) or {}

@@ -1,0 +1,45 @@
+"""Run all proofs, or those whose name begins with an argument; exit 1 if one fails."""
+
+import importlib
+import json
+import pkgutil
+import platform
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+import benchmarks.proof as package
+
+RESULTS = Path(__file__).parents[1] / "results" / "proof"
+
+
+def main() -> int:
+    wanted = tuple(sys.argv[1:]) or ("",)
+    failed = []
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name.startswith("_"):
+            continue
+        bars = importlib.import_module(f"benchmarks.proof.{module.name}").BARS
+        for name, prove in bars.items():
+            if not name.startswith(wanted):
+                continue
+            print(f"== {name}", flush=True)
+            started = time.monotonic()
+            facts = {"name": name, **prove(), "seconds": round(time.monotonic() - started, 1)}
+            facts["versions"] = {"torch": torch.__version__, "timm": timm.__version__}
+            facts["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            (RESULTS / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
+            print(json.dumps(facts), flush=True)
+            if not facts["passed"]:
+                failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return len(failed) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The classification task: data, fine-tuning, metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.engine.narrow import NARROW
+from vitzoo.engine.recipe import merge
+from vitzoo.errors import InputError
+from vitzoo.tasks.classification import ClassificationTask
+from vitzoo.tasks.contract import UnreadableSample
+from vitzoo.tasks.images import digits, fashion_mnist_root, find_split, open_image
+
+
+def task_of(*values: str) -> ClassificationTask:
+    return ClassificationTask(merge(NARROW, values).options)
+
+
+def folder_of(root: Path, **classes: tuple[str, ...]) -> Path:
+    """`folder_of(root, train=("a", "b"))`: one picture a class."""
+    for split, names in classes.items():
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((33, 40, 3), np.uint8)).save(root / split / name / "0.png")
+    return root
+
+
+def test_digits_split_is_fixed_and_disjoint() -> None:
+    train, held_out = digits(train=True), digits(train=False)
+    assert (len(train), len(held_out)) == (1437, 360)
+    assert set(train.labels or ()) == set("0123456789")
+    assert np.bincount(held_out.targets).min() >= 33
+    assert digits(train=False).targets.tolist() == held_out.targets.tolist()
+
+
+def test_folders_give_labels_and_the_held_out_half_follows_them(tmp_path: Path) -> None:
+    root = folder_of(tmp_path, train=("ant", "bee", "cat"), val=("cat", "bee"))
+    data = task_of("data.name=", f"data.root={root}").build_data()
+    assert data.labels == ("ant", "bee", "cat")
+    assert sorted(data.val[i][1] for i in range(2)) == [1, 2]
+    image, _ = data.val[0]
+    assert image.shape == (3, 32, 32)
+
+
+def test_a_class_that_training_never_saw_is_refused(tmp_path: Path) -> None:
+    root = folder_of(tmp_path, train=("ant", "bee"), val=("ant", "wasp"))
+    with pytest.raises(InputError, match="'wasp'"):
+        task_of("data.name=", f"data.root={root}").build_data()
+
+
+def test_a_missing_half_is_refused(tmp_path: Path) -> None:
+    root = folder_of(tmp_path, train=("ant",))
+    with pytest.raises(InputError, match="none for the split 'validation'"):
+        task_of("data.name=", f"data.root={root}").build_data()
+    assert find_split(root / "train", "validation") == root / "train"
+
+
+def test_fashion_mnist_needs_a_source(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="dataset-fashion-mnist"):
+        fashion_mnist_root(str(tmp_path), download=False)
+
+
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "torn.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UnreadableSample, match=r"torn\.png: .*truncated"):
+        open_image(str(path), where=str(path))
+    with pytest.raises(UnreadableSample, match="no such file"):
+        open_image(str(tmp_path / "none.jpg"), where="none.jpg")
+
+
+def test_fine_tuning_takes_another_class_count(tmp_path: Path) -> None:
+    first = task_of()
+    first.labels = tuple("0123456789")
+    trained = first.build_model()
+    path = tmp_path / "weights.safetensors"
+    save_file(trained.state_dict(), path)
+    second = task_of(f"model.checkpoint={path}")
+    second.labels = ("a", "b", "c")
+    # timm gives a classifier of another size new weights when the configuration says its own.
+    model = second.build_model()
+    assert model.get_classifier().out_features == 3  # type: ignore[operator]
+    assert torch.equal(model.stem.conv.weight, trained.stem.conv.weight)  # type: ignore[union-attr]
+
+
+def test_frozen_batch_norm_rests() -> None:
+    written = {"task": "classification", "model": {"name": "resnet18", "linear_probe": True}}
+    task = ClassificationTask(merge(written).options)
+    task.labels = ("a", "b")
+    task.model = task.build_model()
+    before = task.model.bn1.running_mean.clone()  # type: ignore[union-attr, operator]
+    task.train_mode()
+    task.training_step((torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])))["loss"].backward()
+    assert torch.equal(task.model.bn1.running_mean, before)  # type: ignore[union-attr, arg-type]
+    assert task.model.fc.weight.grad is not None  # type: ignore[union-attr]
+    assert task.model.conv1.weight.grad is None  # type: ignore[union-attr]
+
+
+def test_metrics_against_counting_by_hand() -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    task = task_of()
+    task.model = Fixed()
+    logits = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(50) % 10
+    batches = [(logits[:32], targets[:32]), (logits[32:], targets[32:])]
+    metrics = task.evaluate(batches)
+    order = logits.argsort(dim=1, descending=True)
+    top1 = 100 * (order[:, 0] == targets).float().mean()
+    top5 = 100 * (order[:, :5] == targets[:, None]).any(1).float().mean()
+    assert metrics["top1"] == pytest.approx(top1.item(), rel=1e-5)
+    assert metrics["top5"] == pytest.approx(top5.item(), rel=1e-5)
+    loss = torch.nn.functional.cross_entropy(logits, targets).item()
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_one_channel_and_odd_batches() -> None:
+    task = task_of("model.in_chans=1")
+    data = task.build_data()
+    task.labels = data.labels
+    assert data.train is not None
+    assert data.train[0][0].shape == (1, 32, 32)
+    assert task.build_model()(torch.randn(2, 1, 32, 32)).shape == (2, 10)
+    with pytest.raises(InputError, match="even number"):
+        task_of("data.batch_size=15")
+
+
+def test_published_accuracy_is_the_entry() -> None:
+    task = ClassificationTask(
+        merge({"task": "classification", "model": {"name": "vz_davit_tiny.msft_in1k"}}).options
+    )
+    assert task.published() == {"top1": 82.8, "top5": 96.2}
+    assert timm.get_pretrained_cfg("vz_davit_tiny").num_classes == 1000
