@@ -85,9 +85,9 @@ class DetectionMetrics:
         """One frame: boxes found, true boxes (M, 7), their classes (M,) and points inside (M,)."""
         found = found.cpu()
         boxes, labels = boxes.cpu().float(), labels.cpu()
-        counted = boxes[:, :3].norm(dim=-1) <= self.options.max_range
+        counted = boxes[:, :3].norm(dim=-1) < self.options.max_range
         counted &= point_counts.cpu() >= self.options.min_points
-        found = found[found.boxes[:, :3].norm(dim=-1) <= self.options.max_range]
+        found = found[found.boxes[:, :3].norm(dim=-1) < self.options.max_range]
         for i in range(len(self.labels)):
             mine = found[found.labels == i]
             order = mine.scores.argsort(descending=True, stable=True)
@@ -125,7 +125,8 @@ def _match(found: Detections3D, truth: Tensor, overlap: float) -> _Matched:
     errors = np.tile(_WORST, (count, 1))
     overlapping, heading = np.zeros(count, dtype=bool), np.zeros(count)
     if len(truth):
-        distance = torch.cdist(found.boxes[:, :2].double(), truth[:, :2].double())
+        # In space: so does av2's code, although its names say the plane.
+        distance = torch.cdist(found.boxes[:, :3].double(), truth[:, :3].double())
         nearest = distance.argmin(1)
         centres, first = np.unique(nearest.numpy(), return_index=True)
         near[first] = distance[first, centres].numpy()[:, None] < np.array(DISTANCES)
@@ -142,12 +143,13 @@ def _match(found: Detections3D, truth: Tensor, overlap: float) -> _Matched:
 
 
 def _errors(found: Tensor, truth: Tensor) -> Array:
-    """Translation in metres, 1 - overlap of the aligned boxes, and turn in radians, (N, 3)."""
+    """Translation in metres, scale (1 - least over largest sizes), turn in radians, (N, 3)."""
     translation = (found[:, :3] - truth[:, :3]).norm(dim=-1)
     shared = torch.minimum(found[:, 3:6], truth[:, 3:6]).prod(-1)
-    union = found[:, 3:6].prod(-1) + truth[:, 3:6].prod(-1) - shared
+    # av2's own quotient: of the product of the larger sizes, not of the union.
+    largest = torch.maximum(found[:, 3:6], truth[:, 3:6]).prod(-1)
     turn = wrap_angle(found[:, 6] - truth[:, 6]).abs()
-    return torch.stack([translation, 1 - shared / union, turn], dim=-1).double().numpy()
+    return torch.stack([translation, 1 - shared / largest, turn], dim=-1).double().numpy()
 
 
 def _figures(parts: list[_Matched], count: int) -> dict[str, float]:

@@ -25,7 +25,7 @@ HELD_OUT_SEED = 1_000_000
 
 _SENSOR_HEIGHT = 1.9
 _ELEVATIONS = np.deg2rad(np.concatenate([np.linspace(-24, -8, 10), np.linspace(-7.2, 3, 18)]))
-_AZIMUTHS = 720
+_AZIMUTHS = 600
 _RANGE_NOISE = 0.02
 _GROUND_NOISE = 0.03
 _LOST = 0.08
@@ -73,6 +73,7 @@ _KINDS = (
 # Clutter: lower and upper length, width and height; roughness of the surface in metres.
 _CLUTTER = (
     ((5.0, 0.25, 1.8), (14.0, 0.4, 3.2), 0.02),  # walls
+    ((6.5, 1.2, 1.2), (14.0, 2.0, 1.8), 0.08),  # hedges: a car's flank, but for their length
     ((0.2, 0.2, 2.5), (0.4, 0.4, 5.0), 0.02),  # poles
     ((1.5, 1.0, 0.8), (4.5, 2.2, 1.9), 0.15),  # bushes, of a car's size
     ((0.4, 0.4, 0.7), (0.8, 0.8, 1.4), 0.02),  # bins
