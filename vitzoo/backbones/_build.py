@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from timm.models import build_model_with_cfg
+from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
+
+from vitzoo.zoo.errors import WeightsError
+from vitzoo.zoo.resolve import local_overlay
 
 StateDict = dict[str, Tensor]
 
@@ -41,22 +47,77 @@ def build_backbone(
         # Only the getter goes through forward_intermediates, where the output norms are.
         feature_cfg["feature_cls"] = "getter"
         strict = False
+    if pretrained:
+        cfg = resolve_pretrained_cfg(
+            name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+        )
+        overlay = local_overlay(cfg, kwargs.get("cache_dir"))
+        kwargs["pretrained_cfg"] = dataclasses.asdict(dataclasses.replace(cfg, **(overlay or {})))
     return build_model_with_cfg(
         model_cls,
         name,
         pretrained,
-        pretrained_filter_fn=filter_fn,
+        pretrained_filter_fn=_checked(filter_fn, name, strict),
         pretrained_strict=strict,
         feature_cfg=feature_cfg,
         **kwargs,
     )
 
 
+def _checked(
+    filter_fn: Callable[[StateDict, nn.Module], StateDict], name: str, strict: bool
+) -> Callable[[StateDict, nn.Module], StateDict]:
+    """The filter, then a comparison of names that says what does not fit."""
+
+    def filter_and_check(state_dict: StateDict, model: nn.Module) -> StateDict:
+        found = filter_fn(state_dict, model)
+        report = name_mismatch(found, model, strict=strict)
+        if report:
+            raise WeightsError(f"the file does not fit {name}: {report}")
+        return found
+
+    return filter_and_check
+
+
+def name_mismatch(state_dict: StateDict, model: nn.Module, *, strict: bool = True) -> str:
+    """What is missing, unexpected or of another shape, by name; empty if the weights fit.
+
+    The classifier is left out: timm replaces it where the class counts differ. So is the first
+    convolution's shape, which timm adapts to other image channels.
+    """
+    cfg = getattr(model, "pretrained_cfg", {})
+    heads = cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    own = model.state_dict()
+    adapted = (*(f"{head}." for head in heads), f"{cfg.get('first_conv')}.")
+    missing = [key for key in own if key not in state_dict and not key.startswith(adapted)]
+    extra = [key for key in state_dict if key not in own and not key.startswith(adapted)]
+    parts = []
+    if missing and (strict or len(missing) > len(own) // 2):
+        parts.append(f"{len(missing)} missing ({_nearest(missing, extra)})")
+    if extra and strict:
+        parts.append(f"{len(extra)} unexpected ({_nearest(extra, missing)})")
+    for key, value in state_dict.items():
+        if key in own and value.shape != own[key].shape and not key.startswith(adapted):
+            shapes = f"{tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model"
+            parts.append(f"{key} is {shapes}")
+            break
+    return "; ".join(parts)
+
+
+def _nearest(names: list[str], candidates: list[str], most: int = 3) -> str:
+    shown = []
+    for name in names[:most]:
+        near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.7)
+        shown.append(f"{name}, nearest {near[0]}" if near else name)
+    return "; ".join(shown) + (", ..." if len(names) > most else "")
+
+
 def unwrap(state_dict: dict[str, Any]) -> StateDict:
     """The weights inside the wrappers that trainers write around them.
 
     Handles `state_dict_ema`, `state_dict`, `model_ema` and `model` entries, and the prefixes
-    `module.` and `backbone.` of distributed and detection checkpoints.
+    `module.` and `backbone.` of distributed, detection and segmentation checkpoints.
     """
     for key in ("state_dict_ema", "state_dict", "model_ema", "model"):
         if isinstance(state_dict.get(key), dict):

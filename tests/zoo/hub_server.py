@@ -1,0 +1,129 @@
+"""A hub on 127.0.0.1, and a plain file server, that misbehave on request.
+
+Enough of the hub's protocol for the real client: HEAD and GET of
+/ORG/NAME/resolve/REVISION/FILE with an ETag that is the content's sha256. A plain address is
+/files/NAME.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "c" * 40
+
+
+@dataclass
+class Hub:
+    """What the server holds, how it misbehaves, and what it was asked.
+
+    Attributes:
+        files: path (`org/name/file` or `files/name`) -> content.
+        published: path -> sha256 in the ETag, where it is not the content's.
+        cut_once: path -> bytes after which the connection is dropped, the first time.
+        fail_once: path -> status code of the first GET.
+        slow: path -> seconds between chunks of 64 KiB.
+        ranges: path -> Range headers seen; None for a whole request.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    published: dict[str, str] = field(default_factory=dict)
+    cut_once: dict[str, int] = field(default_factory=dict)
+    fail_once: dict[str, int] = field(default_factory=dict)
+    slow: dict[str, float] = field(default_factory=dict)
+    web_pages: set[str] = field(default_factory=set)
+    ranges: dict[str, list[str | None]] = field(default_factory=lambda: defaultdict(list))
+
+    def __enter__(self) -> Hub:
+        hub = self
+
+        class Handler(_Handler):
+            state = hub
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    state: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        path = self.path.partition("?")[0].strip("/")
+        parts = path.split("/")
+        if len(parts) > 4 and parts[2] == "resolve":
+            path = "/".join([*parts[:2], *parts[4:]])
+        if body and path in self.state.fail_once:
+            self._plain(self.state.fail_once.pop(path))
+            return
+        content = self.state.files.get(path)
+        if content is None:
+            known = any(key.startswith("/".join(parts[:2]) + "/") for key in self.state.files)
+            self._plain(404, "EntryNotFound" if known else "RepoNotFound")
+            return
+        self._send(path, content, body=body)
+
+    def _plain(self, status: int, code: str | None = None) -> None:
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _send(self, path: str, content: bytes, *, body: bool) -> None:
+        start = 0
+        asked = self.headers.get("Range")
+        etag = self.state.published.get(path, hashlib.sha256(content).hexdigest())
+        changed = self.headers.get("If-Range") not in (None, f'"{etag}"')
+        if asked and not changed:
+            start = int(asked.removeprefix("bytes=").split("-")[0])
+        if body:
+            self.state.ranges[path].append(asked)
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", f'"{etag}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Accept-Ranges", "bytes")
+        kind = "text/html" if path in self.state.web_pages else "application/octet-stream"
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if body:
+            self._stream(path, content[start:])
+
+    def _stream(self, path: str, content: bytes) -> None:
+        cut = self.state.cut_once.pop(path, None)
+        content = content if cut is None else content[:cut]
+        try:
+            for i in range(0, len(content), 1 << 16):
+                self.wfile.write(content[i : i + (1 << 16)])
+                time.sleep(self.state.slow.get(path, 0))
+            if cut is not None:
+                self.close_connection = True
+                self.connection.close()
+        except OSError:
+            self.close_connection = True

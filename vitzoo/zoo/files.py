@@ -1,0 +1,119 @@
+"""Files on disk: whether their content is the published one, and reading them safely."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitzoo.zoo.errors import CorruptFileError, UnsafeFileError, WeightsError
+
+logger = logging.getLogger("vitzoo.zoo")
+
+# Files whose content this process has checked -> (size, modification time).
+_verified: dict[Path, tuple[int, int]] = {}
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def verify(path: Path, expected: str | None, *, where_from: str) -> None:
+    """Check a file's content once per process, and again when size or time have changed.
+
+    Args:
+        path: the file; a symbolic link of the hub's cache is followed.
+        expected: sha256 that the table or the hub publishes; with None the first file's own hash is
+            recorded beside it, and later contents must match that.
+        where_from: the source, for messages.
+
+    Raises:
+        CorruptFileError: the content is another; the file has been removed.
+    """
+    real = path.resolve()
+    stat = real.stat()
+    mark = (stat.st_size, stat.st_mtime_ns)
+    if _verified.get(real) == mark:
+        return
+    record = recorded_hash_path(real)
+    if expected is None and record.exists():
+        expected = record.read_text().strip()
+    found = sha256_of(real)
+    if expected is None:
+        write_atomically(record, found + "\n")
+        logger.info("%s publishes no checksum; recorded sha256 %s", where_from, found)
+    elif found != expected:
+        for file in {path, real}:
+            file.unlink(missing_ok=True)
+        raise CorruptFileError(
+            f"{path.name} from {where_from} is corrupt: sha256 {found}, published {expected}. The "
+            "file has been removed; run the same command again to download it anew."
+        )
+    _verified[real] = mark
+
+
+def recorded_hash_path(path: Path) -> Path:
+    """Where the hash of a file is kept whose source publishes none."""
+    return path.with_name(path.name + ".sha256")
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The content of a safetensors file or of a pickle that holds nothing but tensors and data.
+
+    Raises:
+        UnsafeFileError: the pickle wants to import or call something.
+        WeightsError: the file does not exist, or is no weights file, or is cut short.
+    """
+    if not path.is_file():
+        raise WeightsError(f"there is no weights file {path}")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UnsafeFileError(
+            f"{path} was refused: it holds more than tensors, and opening it could run code "
+            f"({_first_line(error)}). It was not executed. Ask its author for a safetensors file."
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path} is not a whole weights file: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not named weights")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error)
+    with contextlib.suppress(IndexError):
+        # torch's text advises to switch the safety off; the offending name stands in its middle.
+        for line in text.splitlines():
+            if "GLOBAL" in line or "Unsupported" in line:
+                return line.strip()
+        return text.splitlines()[0].strip()
+    return type(error).__name__
