@@ -30,6 +30,20 @@ from vitzoo.ops.routed import join_regions, split_regions
 BAR = 0.5
 
 
+def expanded_keys(
+    k: Tensor, v: Tensor, regions: Tensor, region_grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of every query region, (B * regions, chosen tokens, heads, d) each."""
+    keys, values = split_regions(k, region_grid), split_regions(v, region_grid)
+    B, p, tokens, heads, d = keys.shape
+    chosen = regions.shape[-1]
+    joined = torch.cat([keys, values], dim=-1).flatten(3)
+    index = regions[..., None, None].expand(-1, -1, -1, tokens, 2 * heads * d)
+    picked = torch.gather(joined[:, None].expand(-1, p, -1, -1, -1), 2, index)
+    keys, values = picked.view(B * p, chosen * tokens, heads, 2 * d).split(d, dim=-1)
+    return keys, values
+
+
 def expanded_attention(
     q: Tensor,
     k: Tensor,
@@ -41,15 +55,9 @@ def expanded_attention(
     scale: float,
 ) -> Tensor:
     """The authors' arithmetic: every query region gets its own copy of the keys it chose."""
-    queries, keys, values = (split_regions(x, region_grid) for x in (q, k, v))
-    B, p, tokens, heads, d = keys.shape
-    chosen = regions.shape[-1]
-    keys_values = torch.cat([keys, values], dim=-1).flatten(3)
-    index = regions[..., None, None].expand(-1, -1, -1, tokens, 2 * heads * d)
-    source = keys_values[:, None].expand(-1, p, -1, -1, -1)
-    picked = torch.gather(source, 2, index).view(B * p, chosen * tokens, heads, 2 * d)
-    keys, values = picked.split(d, dim=-1)
-    scores = (queries.flatten(0, 1).transpose(1, 2) * scale) @ keys.permute(0, 2, 3, 1)
+    keys, values = expanded_keys(k, v, regions, region_grid)
+    queries = split_regions(q, region_grid).flatten(0, 1).transpose(1, 2)
+    scores = (queries * scale) @ keys.permute(0, 2, 3, 1)
     out = scores.softmax(dim=-1) @ values.transpose(1, 2)
     return join_regions(out.transpose(1, 2), region_grid, *q.shape[1:3])
 
