@@ -16,18 +16,23 @@ MILLION = 1_000_000
 
 
 @functools.cache
-def parameters(name: str) -> int:
-    """Parameters of a model, counted on the meta device."""
+def _built(name: str) -> tuple[int, frozenset[type]]:
+    """Parameters and module classes of a model, from one build on the meta device."""
     with torch.device("meta"):
-        return sum(p.numel() for p in timm.create_model(name).parameters())
+        model = timm.create_model(name)
+    kinds = {type(module) for module in model.modules()}
+    own = frozenset(kind for kind in kinds if not kind.__module__.startswith("torch."))
+    return sum(p.numel() for p in model.parameters()), own
 
 
-@functools.cache
+def parameters(name: str) -> int:
+    """Parameters of a model, counted."""
+    return _built(name)[0]
+
+
 def module_types(name: str) -> frozenset[type]:
     """The set of classes that a model is made of, torch's own left out."""
-    with torch.device("meta"):
-        found = {type(module) for module in timm.create_model(name).modules()}
-    return frozenset(kind for kind in found if not kind.__module__.startswith("torch."))
+    return _built(name)[1]
 
 
 def _smallest_of_each_kind() -> list[str]:
