@@ -22,9 +22,10 @@ from torch import Tensor
 
 Pair = Sequence[int]
 
-# Side of a tile, and the side up to which one tile takes the whole axis (docs/decisions.md).
-_TILE = 7
-_WHOLE = 14
+# Rows and columns of a tile, each with the length up to which one tile takes the whole axis
+# (docs/decisions.md).
+_ROWS = (4, 7)
+_COLUMNS = (7, 14)
 # Bytes of logits at a time: what stays in the cache, and below what an allocator maps afresh.
 _CHUNK_BYTES = 8 << 20
 
@@ -35,12 +36,7 @@ class Axis:
 
     length: int
     kernel_size: int
-
-    @property
-    def tile(self) -> int:
-        """Queries of a tile."""
-        tile = max(_TILE, self.kernel_size // 2)
-        return self.length if self.length <= max(_WHOLE, tile) else tile
+    tile: int
 
     @property
     def count(self) -> int:
@@ -73,6 +69,17 @@ class Axis:
         offset = key - (query - k // 2).clamp(0, self.length - k)
         inside = (offset >= 0) & (offset < k)
         return torch.where(inside, key - query + k - 1, 2 * k - 1)
+
+
+def _axes(maps: Tensor, kernel_size: Pair) -> tuple[Axis, Axis]:
+    """Rows and columns of maps (B, classes, classes, H, W, heads, d), cut into tiles."""
+    found = []
+    for length, kernel, (tile, whole) in zip(
+        maps.shape[3:5], kernel_size, (_ROWS, _COLUMNS), strict=True
+    ):
+        tile = max(tile, kernel // 2)
+        found.append(Axis(length, kernel, length if length <= max(whole, tile) else tile))
+    return found[0], found[1]
 
 
 @lru_cache(maxsize=64)
@@ -255,7 +262,7 @@ def _forward(
 ) -> Tensor:
     out = v.new_empty(*q.shape[:-1], v.shape[-1])
     for maps in zip(*(_classes(t, dilation) for t in (q, k, v, out)), strict=True):
-        y, x = (Axis(maps[0].shape[3 + i], kernel_size[i]) for i in range(2))
+        y, x = _axes(maps[0], kernel_size)
         table = Table(bias, y, x, q)
         for images in _chunks(maps[0], y, x):
             q_maps, k_maps, v_maps, out_maps = (t[images] for t in maps)
@@ -281,7 +288,7 @@ def _backward(
     grad_bias = q.new_zeros(0) if bias is None else torch.zeros_like(bias)
     all_maps = (q, k, v, grad, dq, dk, dv)
     for maps in zip(*(_classes(t, dilation) for t in all_maps), strict=True):
-        y, x = (Axis(maps[0].shape[3 + i], kernel_size[i]) for i in range(2))
+        y, x = _axes(maps[0], kernel_size)
         table = Table(bias, y, x, q)
         spread: dict[int, Tensor] = {}
         for images in _chunks(maps[0], y, x):
