@@ -84,8 +84,12 @@ def predict(model_or_run: Any, images: Any, values: Sequence[str] = ()) -> list[
     return list(load(model_or_run, values).predict(images))
 
 
-def image_files(given: Sequence[str]) -> list[str]:
+def image_files(given: Sequence[str], endings: Sequence[str] = ()) -> list[str]:
     """Image files from files and folders (with their subfolders), sorted.
+
+    Args:
+        given: as the user wrote them.
+        endings: that files in a folder must have; those of images if none are given.
 
     Raises:
         InputError: something does not exist, or a folder holds no image.
@@ -94,10 +98,11 @@ def image_files(given: Sequence[str]) -> list[str]:
     for text in given:
         path = Path(text).expanduser()
         if path.is_dir():
-            endings = tuple(get_img_extensions())
-            inside = sorted(str(p) for p in path.rglob("*") if p.name.lower().endswith(endings))
+            wanted = tuple(endings or get_img_extensions())
+            inside = sorted(str(p) for p in path.rglob("*") if p.name.lower().endswith(wanted))
             if not inside:
-                raise InputError(f"no images in {text}")
+                kind = f"files ({', '.join(endings)})" if endings else "images"
+                raise InputError(f"no {kind} in {text}")
             found += inside
         elif path.is_file():
             found.append(str(path))
@@ -130,9 +135,9 @@ def predict_files(
     Raises:
         InputError: see `load` and `image_files`, or an unreadable image.
     """
-    paths = image_files(files)
     source = open_source(given, values)
     task = _ready(source)
+    paths = image_files(files, task.endings)
     results = _readable(task, source, paths)
     target = json_path or (source.folder or Path()) / "predictions.json"
     facts = {"model": given, "predictions": [result.to_dict() for result in results]}

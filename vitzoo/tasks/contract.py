@@ -117,6 +117,7 @@ class Task(ABC):
             dataclass with defaults; `model` and `data` (a `DataOptions`) must be among them.
         metric: key of `evaluate`'s result that selects the best checkpoint, and leads in logs.
         maximise: whether more of `metric` is better.
+        endings: of the files that `predict` takes from a folder; those of images if empty.
         labels: class names in the order of the model's outputs.
         model: what steps and evaluation run; set by the engine.
         device: where batches are; set by the engine.
@@ -125,6 +126,7 @@ class Task(ABC):
     options_type: ClassVar[type]
     metric: ClassVar[str]
     maximise: ClassVar[bool] = True
+    endings: ClassVar[tuple[str, ...]] = ()
 
     model: nn.Module
     labels: tuple[str, ...] = ()

@@ -79,6 +79,7 @@ _READERS: dict[str, Callable[[Path], Any]] = {
     ".npy": np.load,
     ".npz": _npz,
 }
+POINT_FILES = tuple(_READERS)
 
 
 def read_feather(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray[Any, Any]]:

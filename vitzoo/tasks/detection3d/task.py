@@ -25,7 +25,7 @@ from vitzoo.tasks._models import refused_pickle
 from vitzoo.tasks.contract import Batch, Task, TaskData
 from vitzoo.tasks.detection3d import av2, kitti, synthetic
 from vitzoo.tasks.detection3d.augment import PasteBank, augment, crop
-from vitzoo.tasks.detection3d.files import read_points
+from vitzoo.tasks.detection3d.files import POINT_FILES, read_points
 from vitzoo.tasks.detection3d.frames import LidarFrame
 from vitzoo.tasks.detection3d.metrics import DetectionMetrics, MetricOptions
 from vitzoo.tasks.detection3d.npz import NpzFrames
@@ -88,6 +88,7 @@ class Detection3DTask(Task):
 
     options_type: ClassVar[type] = Detection3DOptions
     metric: ClassVar[str] = "AP"
+    endings: ClassVar[tuple[str, ...]] = POINT_FILES
 
     options: Detection3DOptions
 
