@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 def launch(folder: Path, *values: str) -> RunFolder:
     recipe = folder / "narrow.yaml"
     recipe.write_text(write_recipe(NARROW | {"augment": {}}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", "0", "tools/train.py", str(recipe)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "tools/train.py", str(recipe)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, f"run.folder={folder}", "data.batch_size=8", "data.workers=0", *values],
