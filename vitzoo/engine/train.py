@@ -16,6 +16,7 @@ from torch import nn
 from vitzoo.engine import checkpoint, states
 from vitzoo.engine.curves import draw_curves
 from vitzoo.engine.loaders import Batches, seed_everything
+from vitzoo.engine.machine import fix_linear
 from vitzoo.engine.optim import batch_factor, build_optimizer, build_schedule
 from vitzoo.engine.recipe import Recipe, write_recipe
 from vitzoo.engine.report import Report
@@ -161,6 +162,7 @@ class Trainer:
         self.progress = Progress()
         self.lines: list[dict[str, Any]] = []
         saved = checkpoint.newest(folder.checkpoints)
+        self.linear = fix_linear(saved.facts["linear"] if saved is not None else None)
         seed_everything(recipe.run.seed)
         data = self.task.build_data()
         self.task.labels = data.labels
@@ -438,6 +440,7 @@ class Trainer:
         if self.ema is not None:
             tensors |= {f"ema.{name}": t for name, t in self.ema.module.state_dict().items()}
         facts |= {"progress": asdict(self.progress), "labels": list(self.task.labels)}
+        facts["linear"] = self.linear
         scaler = self.accelerator.scaler
         if scaler is not None:
             facts["scaler"] = scaler.state_dict()

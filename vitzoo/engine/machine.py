@@ -1,0 +1,61 @@
+"""What is decided by timing, decided once a machine, so that every run of a recipe computes alike.
+
+Two processes that time the same products on a busy machine can come to different choices, and the
+last bits of their results with them. A run takes its choices from its checkpoint, else from what an
+earlier run found on this machine, and only then by timing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from typing import Any
+
+import torch
+
+from vitzoo._paths import cache_folder
+from vitzoo.engine.runfolder import write_atomically
+from vitzoo.ops.linear import linear_choices, set_linear_choices
+
+logger = logging.getLogger("vitzoo.engine")
+
+
+def fix_linear(stored: dict[str, str] | None) -> dict[str, str]:
+    """Fix the choice of linear layers for this process; returns it for the checkpoint.
+
+    Args:
+        stored: of the run's checkpoint; None to take this machine's.
+    """
+    if stored is not None:
+        set_linear_choices(stored)
+        return stored
+    path = cache_folder("linear.json")
+    key = f"torch {torch.__version__}, {_processor()}, {torch.get_num_threads()} threads"
+    known: dict[str, Any] = {}
+    try:
+        known = json.loads(path.read_text())
+        set_linear_choices(known[key])
+        return dict(known[key])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        set_linear_choices(None)
+    found = linear_choices()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = known if isinstance(known, dict) else {}
+        write_atomically(path, json.dumps(known | {key: found}, indent=2).encode())
+    except OSError as error:
+        logger.warning("cannot remember how linear layers are computed here: %s", error)
+    return found
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()} x {os.cpu_count()}"
