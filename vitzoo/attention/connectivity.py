@@ -222,7 +222,8 @@ class ConnectivityPredictor(nn.Module):
         backend = "reference" if tied else "auto"
         count = min(top, coefficients.shape[-1])
         chosen = make_choice(lambda: topk_mask(coefficients.detach(), count, backend=backend))
-        return torch.where(chosen, coefficients, 0.0)
+        # A product is vectorised where torch.where is not.
+        return coefficients * chosen
 
     def _connect(self, score: Tensor, budget: int, live: Tensor | None) -> Tensor:
         """Boolean (B, heads, N, N) from the scores (the class token's own are not used)."""

@@ -202,8 +202,9 @@ class Sparsifiner(nn.Module):
             )
         self.token_keep_rates = _token_keep_rates(token_keep_rate, pruning_blocks, depth)
         self.grid_size = tuple(-(-side // PATCH_SIZE) for side in to_2tuple(img_size))
-        stem = ConvPatchEmbed if conv_stem else PatchEmbed
-        self.patch_embed = stem(in_chans, embed_dim, **factory)
+        self.patch_embed = (ConvPatchEmbed if conv_stem else PatchEmbed)(
+            in_chans, embed_dim, **factory
+        )
         tokens = math.prod(self.grid_size) + 1
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory))
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, embed_dim, **factory))
@@ -236,10 +237,8 @@ class Sparsifiner(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.has_aux_head = aux_head
         self._build_heads(**factory)
-        self.feature_info = [
-            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": PATCH_SIZE}
-            for i in range(depth)
-        ]
+        shared = {"num_chs": embed_dim, "reduction": PATCH_SIZE}
+        self.feature_info = [{"module": f"blocks.{i}", **shared} for i in range(depth)]
         self.init_weights()
         self.set_phase(None)
 
