@@ -199,19 +199,18 @@ class ConnectivityPredictor(nn.Module):
     def _logits(self, q: Tensor, k: Tensor, table: Tensor) -> Tensor:
         """scale * (Wq q + bq) . sum_n (Wk k_n + bk) table_n, for a table (N, K) or (B, N, K).
 
-        Summed over the tokens first, and Wq multiplied into the K sums: nothing of N rows is copied
-        but the queries.
+        Summed over the tokens first, and both weights multiplied into the K sums: nothing of N rows
+        is copied but the queries.
 
         Returns:
             (B, heads, N, K).
         """
+        weight = torch.cat([self.proj_c_q.weight, self.proj_c_q.bias[:, None]], dim=1) * self.scale
         sums = (table.transpose(-2, -1) @ k.flatten(2)).unflatten(-1, k.shape[2:])
-        reduced = F.linear(sums, self.proj_c_k.weight)
-        reduced = reduced + table.sum(-2)[..., None, None] * self.proj_c_k.bias
-        reduced = (reduced * self.scale).transpose(1, 2)
-        offset = reduced @ self.proj_c_q.bias
-        folded = reduced @ self.proj_c_q.weight
-        return q.transpose(1, 2) @ folded.transpose(-2, -1) + offset[:, :, None]
+        keys = F.linear(sums, weight.t() @ self.proj_c_k.weight)
+        keys = keys + table.sum(-2)[..., None, None] * (self.proj_c_k.bias @ weight)
+        folded, offset = keys.permute(0, 2, 3, 1).split((q.shape[-1], 1), dim=2)
+        return q.transpose(1, 2) @ folded + offset
 
     def _sparse_coefficients(self, coefficients: Tensor, *, tied: bool) -> Tensor:
         top, threshold = self.sparsity.top_coefficients, self.sparsity.coefficient_threshold

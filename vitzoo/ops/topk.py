@@ -55,12 +55,15 @@ def _mark_largest(scores: Tensor, out: Tensor, k: int) -> None:
     import numpy as np
 
     rows, mask = scores.numpy(), out.numpy()
-    at = rows.shape[1] - k
-    kth = np.partition(rows, at, axis=-1)[:, at, None]
-    np.greater_equal(rows, kth, out=mask)
-    if np.count_nonzero(mask) > k * len(rows):
+    # Floats that are not negative order like their bits, and integers spare numpy looking for NaN.
+    bits = rows.view(np.int32)
+    values = rows if bits.size and bits.min() < 0 else bits
+    at = values.shape[1] - k
+    kth = np.partition(values, at, axis=-1)[:, at, None]
+    np.greater_equal(values, kth, out=mask)
+    if np.count_nonzero(mask) > k * len(values):
         tied = np.flatnonzero(np.count_nonzero(mask, axis=-1) > k)
-        larger, equal = rows[tied] > kth[tied], rows[tied] == kth[tied]
+        larger, equal = values[tied] > kth[tied], values[tied] == kth[tied]
         room = k - np.count_nonzero(larger, axis=-1)[:, None]
         mask[tied] = larger | (equal & (np.cumsum(equal, axis=-1) <= room))
 
