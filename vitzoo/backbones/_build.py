@@ -83,12 +83,17 @@ def name_mismatch(state_dict: StateDict, model: nn.Module, *, strict: bool = Tru
     """What is missing, unexpected or of another shape, by name; empty if the weights fit.
 
     The classifier is left out: timm replaces it where the class counts differ. So is the first
-    convolution's shape, which timm adapts to other image channels.
+    convolution's shape, which timm adapts to other image channels, and BatchNorm's batch counter,
+    which torch itself fills in.
     """
     cfg = getattr(model, "pretrained_cfg", {})
     heads = cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    own = model.state_dict()
+    own = {
+        key: value
+        for key, value in model.state_dict().items()
+        if not key.endswith(".num_batches_tracked") or key in state_dict
+    }
     adapted = (*(f"{head}." for head in heads), f"{cfg.get('first_conv')}.")
     missing = [key for key in own if key not in state_dict and not key.startswith(adapted)]
     extra = [key for key in state_dict if key not in own and not key.startswith(adapted)]
