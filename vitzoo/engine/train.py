@@ -162,7 +162,7 @@ class Trainer:
         self.progress = Progress()
         self.lines: list[dict[str, Any]] = []
         saved = checkpoint.newest(folder.checkpoints)
-        self.linear = fix_linear(saved.facts["linear"] if saved is not None else None)
+        self.linear = fix_linear(saved.facts.get("linear") if saved is not None else None)
         seed_everything(recipe.run.seed)
         data = self.task.build_data()
         self.task.labels = data.labels
