@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.golden_cases import GoldenCase, draw_input, draw_weight, load_case
 from vitzoo.ops import neighborhood_attention
+from vitzoo.ops.neighborhood.flat import neighborhood_attention_flat
 
 GOLDEN = [
     (file, case["name"])
@@ -93,6 +94,19 @@ def test_tiles_agree_with_the_definition(
     found = run(tensors, backend="portable", **options)
     for a, b in zip(found, run(tensors, backend="reference", **options), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(("shape", "kernel", "dilation"), [c for c in CASES if len(c[0]) == 2])
+def test_the_form_for_export_agrees(
+    shape: tuple[int, int], kernel: int | tuple[int, ...], dilation: int | tuple[int, ...]
+) -> None:
+    q, k, v, bias = inputs(shape, both(kernel, 2), torch.float64)
+    kernel, dilation = both(kernel, 2), both(dilation, 2)
+    found = neighborhood_attention_flat(q, k, v, bias, kernel, dilation, 0.3)
+    wanted = neighborhood_attention(
+        q, k, v, kernel_size=kernel, dilation=dilation, bias=bias, scale=0.3, backend="reference"
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-11)
 
 
 def test_a_batch_of_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

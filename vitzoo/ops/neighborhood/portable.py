@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,66 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Pair = Sequence[int]
+from vitzoo.ops.neighborhood._tiles import Axis, Pair, axes, classes
+from vitzoo.ops.neighborhood.flat import neighborhood_attention_flat
 
-# Rows and columns of a tile, each with the length up to which one tile takes the whole axis
-# (docs/decisions.md).
-_ROWS = (4, 7)
-_COLUMNS = (7, 14)
 # Bytes of logits at a time: what stays in the cache, and below what an allocator maps afresh.
 _CHUNK_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Tiles of an undilated axis of `length` positions."""
-
-    length: int
-    kernel_size: int
-    tile: int
-
-    @property
-    def count(self) -> int:
-        """Number of tiles; the last may hang over the end."""
-        return -(-self.length // self.tile)
-
-    @property
-    def span(self) -> int:
-        """Keys that the queries of a tile attend to together."""
-        return min(self.tile + self.kernel_size - 1, self.length)
-
-    def start(self, i: int) -> int:
-        """First key of tile i."""
-        return min(max(i * self.tile - self.kernel_size // 2, 0), self.length - self.span)
-
-    def like(self, i: int) -> int:
-        """The first tile whose table rows equal those of tile i: all inner tiles are alike."""
-        reach = self.kernel_size // 2
-        inner = i * self.tile >= reach and (i + 1) * self.tile + reach <= self.length
-        return -(-reach // self.tile) if inner else i
-
-    def rows(self, device: torch.device) -> Tensor:
-        """Table rows (count, tile, span); 2 * kernel_size - 1 for keys outside a neighborhood."""
-        k = self.kernel_size
-        first_query = torch.arange(self.count, device=device)[:, None] * self.tile
-        query = (first_query + torch.arange(self.tile, device=device)).clamp(max=self.length - 1)
-        first_key = (first_query - k // 2).clamp(0, self.length - self.span)
-        key = (first_key + torch.arange(self.span, device=device))[:, None]
-        query = query[:, :, None]
-        offset = key - (query - k // 2).clamp(0, self.length - k)
-        inside = (offset >= 0) & (offset < k)
-        return torch.where(inside, key - query + k - 1, 2 * k - 1)
-
-
-def _axes(maps: Tensor, kernel_size: Pair) -> tuple[Axis, Axis]:
-    """Rows and columns of maps (B, classes, classes, H, W, heads, d), cut into tiles."""
-    found = []
-    for length, kernel, (tile, whole) in zip(
-        maps.shape[3:5], kernel_size, (_ROWS, _COLUMNS), strict=True
-    ):
-        tile = max(tile, kernel // 2)
-        found.append(Axis(length, kernel, length if length <= max(whole, tile) else tile))
-    return found[0], found[1]
 
 
 @lru_cache(maxsize=64)
@@ -112,9 +56,7 @@ class Table:
         """(heads or 1, strips, queries of a tile, keys of its rectangle) for row i of tiles."""
         i = self.y.like(i)
         if i not in self.spread:
-            # A tensor made while a graph is traced must not be kept.
-            entries = _entries.__wrapped__ if torch.compiler.is_exporting() else _entries
-            where = entries(self.y, self.x, i, self.table.device)
+            where = _entries(self.y, self.x, i, self.table.device)
             found = self.table.flatten(1).index_select(1, where)
             shape = (self.x.count, self.y.tile * self.x.tile, self.y.span * self.x.span)
             self.spread[i] = found.unflatten(1, shape)
@@ -142,23 +84,6 @@ class Table:
             by_column = grad.flatten(1, 2).flatten(2) @ marks_x.flatten(0, 2)
             total += marks_y[i].flatten(0, 1).T @ by_column
         return total[:, :-1, :-1]
-
-
-def _classes(x: Tensor, dilation: Pair) -> Iterator[Tensor]:
-    """Views (B, classes, classes, H', W', heads, d) of the maps that (B, H, W, heads, d) holds.
-
-    Where the dilation does not divide a side, the first classes have one member more.
-    """
-    for y0, many_y in _class_groups(x.shape[1], dilation[0]):
-        for x0, many_x in _class_groups(x.shape[2], dilation[1]):
-            windows = x[:, y0:, x0:].unfold(1, many_y, dilation[0]).unfold(2, many_x, dilation[1])
-            yield windows.permute(0, 5, 6, 1, 2, 3, 4)
-
-
-def _class_groups(length: int, dilation: int) -> list[tuple[int, int]]:
-    longer = length % dilation
-    groups = [(0, longer), (longer, dilation - longer)]
-    return [group for group in groups if group[1]]
 
 
 def _query_strips(maps: Tensor, strips: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -242,10 +167,6 @@ def _as_matrices(tiles: Tensor) -> Tensor:
 def _chunks(q: Tensor, y: Axis, x: Axis) -> Iterator[slice]:
     """Slices of the batch whose logits fit `_CHUNK_BYTES`."""
     B = q.shape[0]
-    if torch.compiler.is_exporting():
-        # The batch may be dynamic.
-        yield slice(0, B)
-        return
     per_map = y.tile * y.span * x.count * x.tile * x.span * q.element_size()
     step = max(1, _CHUNK_BYTES // (per_map * q.shape[1] * q.shape[2] * q.shape[-2]))
     yield from (slice(b, b + step) for b in range(0, B, step))
@@ -261,8 +182,8 @@ def _forward(
     scale: float,
 ) -> Tensor:
     out = v.new_empty(*q.shape[:-1], v.shape[-1])
-    for maps in zip(*(_classes(t, dilation) for t in (q, k, v, out)), strict=True):
-        y, x = _axes(maps[0], kernel_size)
+    for maps in zip(*(classes(t, dilation) for t in (q, k, v, out)), strict=True):
+        y, x = axes(maps[0], kernel_size)
         table = Table(bias, y, x, q)
         for images in _chunks(maps[0], y, x):
             q_maps, k_maps, v_maps, out_maps = (t[images] for t in maps)
@@ -287,8 +208,8 @@ def _backward(
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     grad_bias = q.new_zeros(0) if bias is None else torch.zeros_like(bias)
     all_maps = (q, k, v, grad, dq, dk, dv)
-    for maps in zip(*(_classes(t, dilation) for t in all_maps), strict=True):
-        y, x = _axes(maps[0], kernel_size)
+    for maps in zip(*(classes(t, dilation) for t in all_maps), strict=True):
+        y, x = axes(maps[0], kernel_size)
         table = Table(bias, y, x, q)
         spread: dict[int, Tensor] = {}
         for images in _chunks(maps[0], y, x):
@@ -410,5 +331,5 @@ def neighborhood_attention_portable(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if torch.compiler.is_exporting():
         # An exported graph must run where this package is not installed.
-        return _forward(q, k, v, bias, kernel_size, dilation, scale)
+        return neighborhood_attention_flat(q, k, v, bias, kernel_size, dilation, scale)
     return _tiles(q, k, v, bias, kernel_size, dilation, scale)
