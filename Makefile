@@ -40,3 +40,6 @@ bench: setup
 
 proof: setup
 	$(BIN)/python -m benchmarks.proof
+
+cards: setup
+	$(BIN)/python tools/cards.py

@@ -95,14 +95,7 @@ def name_mismatch(state_dict: StateDict, model: nn.Module, *, strict: bool = Tru
         if not key.endswith(".num_batches_tracked") or key in state_dict
     }
     adapted = (*(f"{head}." for head in heads), f"{cfg.get('first_conv')}.")
-    # BatchNorm's counter came after many of the published files; torch fills it in.
-    missing = [
-        key
-        for key in own
-        if key not in state_dict
-        and not key.startswith(adapted)
-        and not key.endswith("num_batches_tracked")
-    ]
+    missing = [key for key in own if key not in state_dict and not key.startswith(adapted)]
     extra = [key for key in state_dict if key not in own and not key.startswith(adapted)]
     parts = []
     if missing and (strict or len(missing) > len(own) // 2):

@@ -1,0 +1,138 @@
+"""MODEL_CARDS.md, made from the models' records and the weights table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from vitzoo.zoo.entries import WeightEntry
+
+HEAD = """# Model cards
+
+Made by `make cards` from the models' records (`vitzoo.info`) and the weights table
+(`vitzoo/zoo/entries/`); do not edit. Accuracy under *published* is what the origin of the weights
+states. Nothing has been measured here on the data sets that the weights were trained for, so there
+is no column for it yet; measured speed is in `benchmarks/models.md`.
+"""
+
+FAMILIES = {
+    "davit": (
+        "DaViT",
+        "Attention inside windows and between channels in turn, both linear in the image's area. "
+        "A good first choice: no settings to tune, any size, timm's weights.",
+    ),
+    "litv2": (
+        "LITv2 (HiLo)",
+        "No attention in the first two stages; then some heads see small windows and the others an "
+        "average-pooled map. For speed at moderate sizes.",
+    ),
+    "biformer": (
+        "BiFormer",
+        "Each region attends to the few regions that it is most alike. For dense prediction with "
+        "content-dependent reach.",
+    ),
+    "halonet": (
+        "HaloNet",
+        "A convolutional frame whose blocks attend to themselves and a halo around them. timm's "
+        "weights, and the paper's H0 to H7 without weights.",
+    ),
+    "uhalonet": (
+        "U-HaloNet",
+        "HaloNet's attention in a Swin-like frame, borders masked: the HaloNet weights with modern "
+        "accuracy and detection results.",
+    ),
+    "nat": (
+        "NAT and DiNAT",
+        "Every query sees the neighborhood around itself, dilated in DiNAT. For dense prediction; "
+        "dilations can be changed at run time.",
+    ),
+    "sparsifiner": (
+        "Sparsifiner",
+        "A plain ViT that learns which tokens each token connects to. Starts from DeiT weights.",
+    ),
+    "lookupvit": (
+        "LookupViT",
+        "Most work happens on a small grid of compressed tokens, whose size can be changed at run "
+        "time. Starts from ViT weights.",
+    ),
+    "flatformer": (
+        "FlatFormer",
+        "LiDAR pillars sorted along windows and attended to in groups of equal size.",
+    ),
+}
+
+
+def render(records: Sequence[Any], entries: Iterable[WeightEntry]) -> str:
+    """The cards as Markdown.
+
+    Args:
+        records: `ModelInfo` of every model, in the order of registration.
+        entries: the whole weights table.
+    """
+    entries = list(entries)
+    families = list(dict.fromkeys(record.family for record in records))
+    parts = [HEAD]
+    for family in families:
+        mine = [record for record in records if record.family == family]
+        names = {record.name for record in mine}
+        weights = [entry for entry in entries if entry.model in names]
+        parts.append(_card(family, mine, weights))
+    return "\n".join(parts)
+
+
+def _card(family: str, records: Sequence[Any], weights: Sequence[WeightEntry]) -> str:
+    title, text = FAMILIES[family]
+    first = records[0]
+    lines = [
+        f"## {title}",
+        "",
+        text,
+        "",
+        f"Paper: [arXiv {first.paper}](https://arxiv.org/abs/{first.paper}). Follows "
+        f"{', '.join(dict.fromkeys(f'{r.code} ({r.code_licence})' for r in records))}.",
+        "",
+        "| model | parameters, M | GMACs | at | strides | channels |",
+        "|---|---|---|---|---|---|",
+        *(_variant(record) for record in records),
+        "",
+        *_limits(records),
+        *_weights(weights),
+    ]
+    return "\n".join(lines)
+
+
+def _variant(record: Any) -> str:
+    params = "" if record.params is None else f"{record.params / 1e6:.2f}"
+    cost = "" if record.gmacs is None else f"{record.gmacs:.2f}"
+    size = "points"
+    if record.modality == "image":
+        size = f"{record.input_size[1]}x{record.input_size[2]}"
+        size += " only" if record.fixed_input_size else ""
+    strides = ", ".join(map(str, record.strides))
+    channels = ", ".join(map(str, record.channels))
+    return f"| `{record.name}` | {params} | {cost} | {size} | {strides} | {channels} |"
+
+
+def _limits(records: Sequence[Any]) -> list[str]:
+    reasons = dict.fromkeys(
+        f"- {check.replace('_', ' ')}: {reason}"
+        for record in records
+        for check, reason in record.limits.items()
+    )
+    reasons |= dict.fromkeys(f"- choices: {r.choices}" for r in records if r.choices)
+    return ["Limits:", "", *reasons, ""] if reasons else []
+
+
+def _weights(weights: Sequence[WeightEntry]) -> list[str]:
+    if not weights:
+        return ["No weights are known.", ""]
+    lines = [
+        "| weights | task | data | licence | state of the source | published |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in weights:
+        published = ", ".join(f"{name} {value:g}" for name, value in entry.published)
+        licence = entry.licence or "not stated"
+        cells = [f"`{entry.name}`", entry.task, entry.dataset, licence, entry.state, published]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
