@@ -15,20 +15,28 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, trunc_normal_
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerNorm2d,
+    register_notrace_module,
+    trunc_normal_,
+)
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from vitzoo.attention import Linear, conv_channels_last, pad_image_to_multiple
+from vitzoo.attention import Linear, pad_image_to_multiple
 from vitzoo.attention.hilo import HiLo
 from vitzoo.attention.merging import DeformableMerge
 from vitzoo.backbones._build import StateDict, build_backbone, rename, unwrap
 from vitzoo.backbones._registry import ModelInfo, register
 from vitzoo.backbones._staged import Stage, StagedBackbone
+from vitzoo.ops import depthwise_gelu
 from vitzoo.zoo.entries import DataConfig, tag_arguments, timm_configs
 from vitzoo.zoo.entries.litv2 import ENTRIES
 
 _NORM_EPS = 1e-5
+_MAPPED_BYTES = 32 * 2**20
 
 
 class Stem(nn.Module):
@@ -60,19 +68,35 @@ class Downsample(nn.Module):
         return self.act(x).permute(0, 2, 3, 1)
 
 
+@register_notrace_module
 class ConvMlp(nn.Module):
-    """An MLP with a 3x3 depthwise convolution on its hidden map, ahead of the activation."""
+    """An MLP with a 3x3 depthwise convolution on its hidden map, ahead of the exact GELU."""
 
     def __init__(self, dim: int, hidden_dim: int, **factory: Any) -> None:
         super().__init__()
         self.fc1 = Linear(dim, hidden_dim, **factory)
         self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **factory)
-        self.act = nn.GELU()
         self.fc2 = Linear(hidden_dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        return self.fc2(self.act(conv_channels_last(self.fc1(x), self.dwconv)))
+        parts = _split_images(x, self.fc1.out_features)
+        mapped = [
+            self.fc2(depthwise_gelu(self.fc1(part), self.dwconv.weight, self.dwconv.bias))
+            for part in parts
+        ]
+        return mapped[0] if len(mapped) == 1 else torch.cat(mapped)
+
+
+def _split_images(x: Tensor, hidden_dim: int) -> tuple[Tensor, ...]:
+    """Groups of images whose hidden map stays under the size that glibc maps afresh every time.
+
+    Page faults on such maps cost more than the products. With gradients the maps are kept anyway.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu":
+        return (x,)
+    hidden_bytes = x[..., 0].numel() * hidden_dim * x.element_size()
+    return x.chunk(-(-hidden_bytes // _MAPPED_BYTES))
 
 
 class Block(nn.Module):
