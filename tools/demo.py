@@ -58,10 +58,10 @@ def main() -> None:
   {run.weights}    the weights, with their labels
 
 Next:
-  .venv/bin/vitzoo predict {run.root} {run.root}/held-out    predict on images again
-  .venv/bin/vitzoo list                              the models
-  .venv/bin/vitzoo list --recipes                    the recipes
-  .venv/bin/vitzoo train davit-finetune data.root=FOLDER run.name=mine    your own images""")
+  .venv/bin/vitzoo predict {run.root} {run.root}/held-out          predict on images again
+  .venv/bin/vitzoo list                                            the models
+  .venv/bin/vitzoo list --recipes                                  the recipes
+  .venv/bin/vitzoo train davit-finetune data.root=FOLDER run.name=mine    on your own images""")
 
 
 if __name__ == "__main__":
