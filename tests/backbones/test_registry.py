@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -306,20 +307,37 @@ def test_fx_trace_is_exact(name: str) -> None:
     assert all(p.grad is not None for p in traced.parameters() if p.requires_grad)
 
 
+def shallow(name: str) -> nn.Module:
+    """The model with few blocks, where depth can be given: tracing costs by the block."""
+    arguments = inspect.signature(type(_pristine(name)).__init__).parameters
+    torch.manual_seed(0)
+    if "depths" in arguments:
+        return timm.create_model(name, depths=(1, 1, 2, 1)).eval()
+    if "depth" in arguments:
+        return timm.create_model(name, depth=2).eval()
+    return build(name)
+
+
+FULL_DEPTH = pytest.param(build, marks=pytest.mark.slow, id="full")
+DEPTHS = pytest.mark.parametrize("make", [pytest.param(shallow, id="shallow"), FULL_DEPTH])
+
+
 @by_name(TIER_2)
-def test_compiles_as_one_graph(name: str) -> None:
+@DEPTHS
+def test_compiles_as_one_graph(name: str, make: Callable[[str], nn.Module]) -> None:
     needs(name, "compile")
     torch._dynamo.reset()
-    model = build(name)
+    model = make(name)
     x = images(name, SMALL)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(logits(compiled, x), logits(model, x), 1e-5)
 
 
 @by_name(TIER_2)
-def test_exports_with_dynamic_batch(name: str) -> None:
+@DEPTHS
+def test_exports_with_dynamic_batch(name: str, make: Callable[[str], nn.Module]) -> None:
     needs(name, "export")
-    model = build(name)
+    model = make(name)
     x = images(name, SMALL)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
