@@ -18,6 +18,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from timm.layers import DropPath, make_divisible
 from timm.models import generate_default_cfgs
 from timm.models.byoanet import model_cfgs
@@ -184,6 +185,11 @@ class HaloNet(ByobNet):
         )
         self.dense = dense
         fuse_conv_bn(self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay beyond biases and one-dimensional ones: none."""
+        return set()
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits (B, num_classes); in the dense version the list of all maps."""
