@@ -10,7 +10,6 @@ import pickle
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -77,8 +76,11 @@ def recorded_hash_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def read_weights(path: Path) -> dict[str, Any]:
-    """The content of a safetensors file or of a pickle that holds nothing but tensors and data.
+def check_weights(path: Path) -> None:
+    """Make sure that a file holds weights and nothing that would run when it is opened.
+
+    Args:
+        path: a whole safetensors file, or a pickle that holds nothing but tensors and data.
 
     Raises:
         UnsafeFileError: the pickle wants to import or call something.
@@ -87,11 +89,11 @@ def read_weights(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(f"there is no weights file {path}")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            return load_file(path)
+            with safe_open(path, framework="pt"):
+                return
         except SafetensorError as error:
             raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
     try:
@@ -105,7 +107,6 @@ def read_weights(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path} is not a whole weights file: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not named weights")
-    return content
 
 
 def _first_line(error: Exception) -> str:

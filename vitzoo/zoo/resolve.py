@@ -14,7 +14,7 @@ from timm.models import PretrainedCfg
 from vitzoo.zoo.download import WEIGHT_FILES, fetch, fetch_source
 from vitzoo.zoo.entries import WeightEntry
 from vitzoo.zoo.errors import WeightsError
-from vitzoo.zoo.files import read_weights
+from vitzoo.zoo.files import check_weights
 from vitzoo.zoo.published import all_entries
 
 
@@ -48,11 +48,8 @@ def local_overlay(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> di
             path = _inside(path)
     else:
         path = _downloaded(cfg, cache_dir)
-    if path.suffix != ".safetensors":
-        # timm would refuse a bad pickle too, but its error advises to switch the safety off.
-        read_weights(path)
-    elif not path.is_file():
-        raise WeightsError(f"there is no weights file {path}")
+    # timm would refuse a bad file too, but its error advises to switch the safety off.
+    check_weights(path)
     # A file goes ahead of hub and address unless `source` says otherwise.
     return {"file": str(path), "source": None}
 
