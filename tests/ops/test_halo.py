@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitzoo.ops import halo, halo_attention
+from vitzoo.ops import _halo, halo_attention
 
 SIZES = [(1, 1), (7, 9), (13, 30), (16, 24)]
 
@@ -90,7 +90,7 @@ def test_chunks_do_not_change_the_result(budget: int, monkeypatch: pytest.Monkey
     given = inputs(13, 30, window=8)
     arguments = {"block_size": 4, "halo_size": 2, "backend": "portable"}
     whole = call(given, **arguments)
-    monkeypatch.setattr(halo, "_CPU_CHUNK_BYTES", budget)
+    monkeypatch.setattr(_halo, "_CPU_CHUNK_BYTES", budget)
     torch.testing.assert_close(call(given, **arguments), whole)
     leaves = {name: value.clone().requires_grad_() for name, value in given.items()}
     torch.testing.assert_close(call(leaves, **arguments), whole)
@@ -98,7 +98,7 @@ def test_chunks_do_not_change_the_result(budget: int, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("border", ["zero", "mask", "constant"])
 def test_gradcheck_of_the_reference(border: str) -> None:
-    given = inputs(3, 5, heads=1, dims=(2, 3), window=4)
+    given = inputs(3, 2, heads=1, dims=(1, 2), window=4)
     leaves = {name: value.double().requires_grad_() for name, value in given.items()}
 
     def run(*tensors: Tensor) -> Tensor:
