@@ -141,7 +141,7 @@ def test_teachers_that_cannot_teach(tmp_path: Path) -> None:
         run(tmp_path, "none")
     with pytest.raises(InputError, match="1000 classes, the data has 10"):
         run(tmp_path, "other", "distill.teacher=vz_sparsifiner_deit_tiny.deit_start")
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="no weights file"):
         run(tmp_path, "gone", f"distill.teacher_checkpoint={tmp_path}/gone.pth")
     other = {"task": "sparsifiner", "model": {"name": "vz_davit_tiny"}, "distill": {"phase": "cls"}}
     task = SparsifinerTask(merge(other).options)

@@ -16,6 +16,7 @@ from torch import nn
 from vitzoo.backbones import list_models
 from vitzoo.backbones._build import unwrap
 from vitzoo.errors import InputError
+from vitzoo.zoo.files import check_weights
 
 
 @dataclass(kw_only=True)
@@ -105,6 +106,8 @@ def create_model(options: ModelOptions, num_classes: int, *, pretrained: bool) -
             in_chans=options.in_chans,
             **arguments,
         )
+    except InputError:
+        raise
     except (TypeError, ValueError, RuntimeError, OSError, KeyError) as error:
         raise _explain(error, options, load=load) from error
     except pickle.UnpicklingError as error:
@@ -126,12 +129,8 @@ def classes_in(path: Path, name: str) -> int | None:
     Raises:
         InputError: no such file, or not one of plain tensors.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is no file")
-    try:
-        weights = unwrap(load_state_dict(str(path), device="cpu", weights_only=True))
-    except pickle.UnpicklingError as error:
-        raise refused_pickle(str(path)) from error
+    check_weights(path)
+    weights = unwrap(load_state_dict(str(path), device="cpu", weights_only=True))
     config = timm.get_pretrained_cfg(name)
     classifier = config.classifier if config else None
     first = classifier[0] if isinstance(classifier, list | tuple) else classifier
