@@ -64,3 +64,29 @@ def test_blocks(name: str, attention: type[nn.Module]) -> None:
     with torch.inference_mode():
         out = block(case.input().permute(0, 2, 3, 1))
     case.check("out", out.permute(0, 3, 1, 2))
+
+
+def test_other_classes_and_image_channels_keep_the_rest(tmp_path: Path) -> None:
+    case = load_case("davit", "davit_tiny_224")
+    file = case.save(tmp_path)
+    whole = pretrained("vz_davit_tiny", file).state_dict()
+    changed = pretrained("vz_davit_tiny", file, num_classes=5, in_chans=1).state_dict()
+    new = {name for name, value in changed.items() if value.shape != whole[name].shape}
+    assert new == {"head.fc.weight", "head.fc.bias", "stem.conv.weight"}
+    for name in changed.keys() - new:
+        assert torch.equal(changed[name], whole[name]), name
+    gray = whole["stem.conv.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(changed["stem.conv.weight"], gray)
+
+
+def test_details_that_the_golden_bound_cannot_see() -> None:
+    """A LayerNorm eps of 1e-6 moves an output by 1e-5 only."""
+    model = timm.create_model("vz_davit_tiny", dense=True)
+    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    assert len(norms) > 20
+    assert {norm.eps for norm in norms} == {1e-5}
+    activations = [
+        m for m in timm.create_model("vz_davit_tiny").modules() if isinstance(m, nn.GELU)
+    ]
+    assert len(activations) == 12
+    assert {gelu.approximate for gelu in activations} == {"none"}
