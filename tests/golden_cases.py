@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+import vitzoo  # noqa: F401  (registers the zoo's names)
 
 GOLDEN = Path(__file__).parent / "golden"
 BOUND = 3e-5
@@ -113,3 +116,10 @@ def load_case(family: str, name: str) -> GoldenCase:
     spec = json.loads((GOLDEN / family / f"{name}.json").read_text())
     with np.load(GOLDEN / family / f"{name}.npz") as arrays:
         return GoldenCase(name, spec, dict(arrays))
+
+
+def pretrained(name: str, file: Path, **kwargs: object) -> nn.Module:
+    """A model in eval mode through timm's own path for pretrained files."""
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs
+    ).eval()

@@ -10,20 +10,13 @@ import torch
 from torch import nn
 
 import vitzoo  # noqa: F401
-from tests.golden_cases import GoldenCase, load_case
+from tests.golden_cases import GoldenCase, load_case, pretrained
 from vitzoo.attention.choices import record_choices
 from vitzoo.attention.routing import AttentionLePE, BiLevelRoutingAttention
 from vitzoo.backbones.biformer import checkpoint_filter_fn
 
 DENSE = "biformer_tiny_dense_256x192"
 BLOCKS = ["topk1", "topk_all", "region_of_one_token", "auto_pad", "soft_avgpool_qkdim"]
-
-
-def pretrained(name: str, file: Path, **kwargs: object) -> nn.Module:
-    """A model through timm's own path for pretrained files."""
-    return timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs
-    ).eval()
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "stl", "stl_nchw"])

@@ -10,18 +10,11 @@ import torch
 from torch import nn
 
 import vitzoo  # noqa: F401
-from tests.golden_cases import load_case
+from tests.golden_cases import load_case, pretrained
 from vitzoo.attention import ChannelAttention, WindowAttention
 from vitzoo.backbones.davit import Block, checkpoint_filter_fn
 
 DENSE = "davit_tiny_dense_224"
-
-
-def pretrained(name: str, file: Path, **kwargs: object) -> nn.Module:
-    """A model through timm's own path for pretrained files."""
-    return timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs
-    ).eval()
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])

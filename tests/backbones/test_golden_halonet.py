@@ -13,7 +13,7 @@ from timm.models.byobnet import ByobNet
 from torch import nn
 
 import vitzoo
-from tests.golden_cases import load_case
+from tests.golden_cases import load_case, pretrained
 from vitzoo.backbones import halonet, uhalonet
 
 TIMMS = {name: v for name, v in halonet.VARIANTS.items() if isinstance(v, halonet.Variant)}
@@ -22,13 +22,6 @@ MODELS = {
     "halonet50ts_256": "vz_halonet50ts",
     "halonet_h1_256": "vz_halonet_h1_timm",
 }
-
-
-def pretrained(name: str, file: Path, **kwargs: object) -> nn.Module:
-    """A model through timm's own path for pretrained files."""
-    return timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs
-    ).eval()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -5,22 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from torch import nn
 
 import vitzoo  # noqa: F401
-from tests.golden_cases import GoldenCase, load_case
+from tests.golden_cases import GoldenCase, load_case, pretrained
 from vitzoo.attention.hilo import HiLo
 from vitzoo.backbones.litv2 import Downsample, checkpoint_filter_fn
 from vitzoo.ops import use_backend
-
-
-def pretrained(name: str, file: Path, **kwargs: object) -> nn.Module:
-    """A model through timm's own path for pretrained files."""
-    return timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs
-    ).eval()
 
 
 def channels_last(case: GoldenCase) -> torch.Tensor:

@@ -10,18 +10,11 @@ import torch
 from torch import nn
 
 import vitzoo
-from tests.golden_cases import load_case
+from tests.golden_cases import load_case, pretrained
 from vitzoo.attention.layers import Mlp
 from vitzoo.attention.neighborhood import NeighborhoodAttention
 
 CASES = ["nat_mini", "dinat_mini"]
-
-
-def pretrained(name: str, file: Path, **kwargs: object) -> nn.Module:
-    """A model through timm's own path for pretrained files."""
-    return timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs
-    ).eval()
 
 
 @pytest.mark.parametrize("name", CASES)

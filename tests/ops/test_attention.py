@@ -30,6 +30,7 @@ def test_a_query_without_keys_gives_zeros() -> None:
         out = attention(q, k, v, mask=mask, backend=backend)
         assert out[0, 2].abs().max() == 0
         assert out[0, 1].abs().max() > 0
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 @pytest.mark.parametrize("axis_scale", ["head_dim", "tokens"])

@@ -13,7 +13,7 @@ from tests.ops.comparison import assert_backend_agrees, random_tensors
 from vitzoo.ops import attention, routed, routed_attention
 from vitzoo.ops.routed import routed_attention_reference
 
-AGREES = partial(assert_backend_agrees, routed_attention, "portable")
+assert_agrees = partial(assert_backend_agrees, routed_attention, "portable")
 
 # Map, grid, regions chosen: those of few tokens and many choices are masked, the rest gathered.
 CASES = {
@@ -49,26 +49,26 @@ def make_inputs(
 def test_portable_is_the_definition(case: str) -> None:
     size, grid, chosen = CASES[case]
     qkv, regions = make_inputs(size, grid, chosen)
-    AGREES(qkv, regions=regions, region_grid=grid, scale=0.3)
+    assert_agrees(qkv, regions=regions, region_grid=grid, scale=0.3)
 
 
 @pytest.mark.parametrize("piece", [1, 20_000])
 def test_a_few_regions_at_a_time(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routed, "_PIECE_BYTES", piece)
     qkv, regions = make_inputs((28, 21), (7, 7), 3)
-    AGREES(qkv, regions=regions, region_grid=(7, 7))
+    assert_agrees(qkv, regions=regions, region_grid=(7, 7))
 
 
 @pytest.mark.parametrize("kv_size", [(3, 6), (30, 6)])
 def test_pooled_keys(kv_size: tuple[int, int]) -> None:
     qkv, regions = make_inputs((12, 9), (3, 3), 2, kv_size=kv_size)
-    AGREES(qkv, regions=regions, region_grid=(3, 3))
+    assert_agrees(qkv, regions=regions, region_grid=(3, 3))
 
 
 def test_weights() -> None:
     qkv, regions = make_inputs((12, 9), (3, 3), 2)
     weights = torch.rand(regions.shape, requires_grad=True)
-    AGREES({**qkv, "weights": weights}, regions=regions, region_grid=(3, 3))
+    assert_agrees({**qkv, "weights": weights}, regions=regions, region_grid=(3, 3))
 
 
 def test_masked_and_gathered_agree(monkeypatch: pytest.MonkeyPatch) -> None:

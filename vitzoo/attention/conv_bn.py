@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from timm.layers import BatchNormAct2d, ConvNormAct, register_notrace_module
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from vitzoo.ops._onednn import records_gradient, why_not_onednn
 
 _FUSED_NAME = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "swish"}
 
@@ -97,14 +98,9 @@ def fuse_conv_bn(module: nn.Module) -> None:
 def _fusible(module: ConvBnAct | ResidualConvBn, x: Tensor) -> bool:
     """Whether one oneDNN call may stand for the module's steps."""
     conv, bn = module.conv, module.bn
-    if module.training or torch.compiler.is_compiling() or type(bn) is not BatchNormAct2d:
+    if module.training or type(bn) is not BatchNormAct2d:
         return False
-    plain = x.device.type == "cpu" and x.dtype == conv.weight.dtype == torch.float32
-    if not plain or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return False
-    if torch.is_autocast_enabled("cpu") or _get_current_dispatch_mode() is not None:
-        return False  # a FLOP counter or a tracer wants to see the steps
-    if torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad):
+    if records_gradient(x, conv.weight) or why_not_onednn(x, conv.weight) is not None:
         return False
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False

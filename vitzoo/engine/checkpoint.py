@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vitzoo.engine.runfolder import write_atomically
+from vitzoo._paths import write_atomically
 from vitzoo.errors import InputError
 
 logger = logging.getLogger("vitzoo.engine")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitzoo.engine.runfolder import write_atomically
+from vitzoo._paths import write_atomically
 from vitzoo.errors import missing_extra
 
 

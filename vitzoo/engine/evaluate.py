@@ -11,11 +11,12 @@ from typing import Any
 import timm
 import torch
 
+from vitzoo._paths import write_atomically
 from vitzoo.engine import checkpoint
 from vitzoo.engine.loaders import Batches
 from vitzoo.engine.recipe import Recipe, merge
 from vitzoo.engine.report import Report
-from vitzoo.engine.runfolder import RunFolder, find_run, write_atomically
+from vitzoo.engine.runfolder import RunFolder, find_run
 from vitzoo.engine.train import make_accelerator
 from vitzoo.errors import InputError
 from vitzoo.tasks import Task, task_class

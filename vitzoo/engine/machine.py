@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from vitzoo._paths import cache_folder
-from vitzoo.engine.runfolder import write_atomically
+from vitzoo._paths import cache_folder, write_atomically
 from vitzoo.ops.linear import linear_choices, set_linear_choices
 
 logger = logging.getLogger("vitzoo.engine")

@@ -15,10 +15,10 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.data.readers import get_img_extensions
 from torch import nn
 
+from vitzoo._paths import write_atomically
 from vitzoo.engine.evaluate import Source, open_source
 from vitzoo.engine.recipe import merge
 from vitzoo.engine.report import console
-from vitzoo.engine.runfolder import write_atomically
 from vitzoo.errors import InputError
 from vitzoo.tasks import Prediction, Task, UnreadableSample, task_class
 from vitzoo.tasks.results import contact_sheet

@@ -10,29 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vitzoo._paths import write_atomically
 from vitzoo.errors import InputError
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that `path` holds either the old content or all of the new."""
-    partial = path.with_name(f".{path.name}.part")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable."""
-    if os.name == "nt":
-        return  # Windows opens no folders; its renames are journalled.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class RunFolder:

@@ -13,6 +13,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from vitzoo._paths import write_atomically
 from vitzoo.engine import checkpoint, states
 from vitzoo.engine.curves import draw_curves
 from vitzoo.engine.loaders import Batches, seed_everything
@@ -20,7 +21,7 @@ from vitzoo.engine.machine import fix_linear
 from vitzoo.engine.optim import batch_factor, build_optimizer, build_schedule
 from vitzoo.engine.recipe import Recipe, write_recipe
 from vitzoo.engine.report import Report
-from vitzoo.engine.runfolder import RunFolder, write_atomically
+from vitzoo.engine.runfolder import RunFolder
 from vitzoo.errors import InputError, missing_extra
 from vitzoo.tasks import Task, all_reduce_sum, task_class
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops.attention_weights import attention_weights_reference
 
 
 def attention_reference(
@@ -19,17 +20,8 @@ def attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v, written out."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    logits = (q * scale) @ k.transpose(-2, -1)
-    if bias is not None:
-        logits = logits + bias
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    weights = logits.softmax(dim=-1)
-    if mask is not None:
-        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return (weights @ v).transpose(1, 2)
+    weights = attention_weights_reference(q, k, bias=bias, mask=mask, scale=scale)
+    return (weights @ v.transpose(1, 2)).transpose(1, 2)
 
 
 def attention_portable(

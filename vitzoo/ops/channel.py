@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -38,7 +39,12 @@ def channel_attention_portable(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.dtype == torch.float16:
         # The sum runs over all tokens and is not divided by their number: it can pass 65504.
-        with torch.autocast(q.device.type, enabled=False):
+        autocast = (
+            torch.autocast(q.device.type, enabled=False)
+            if torch.amp.is_autocast_available(q.device.type)
+            else nullcontext()
+        )
+        with autocast:
             logits = (q.float() * scale).transpose(-2, -1) @ k.float()
     else:
         logits = (q * scale).transpose(-2, -1) @ k

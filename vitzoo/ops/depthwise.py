@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._onednn import records_gradient, why_not_onednn
 
 
 def depthwise_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,19 +37,9 @@ def depthwise_gelu_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 def _why_not_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    if torch.compiler.is_compiling():
-        return "torch.compile and torch.export see the two steps and fuse them themselves."
-    if x.device.type != "cpu" or not (x.dtype == weight.dtype == torch.float32):
-        return "oneDNN's fused convolution is used for float32 on the CPU only."
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return "this torch has no oneDNN, or it is switched off."
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    ):
+    if records_gradient(x, weight, bias):
         return "oneDNN's fused convolution has no backward pass."
-    if torch.is_autocast_enabled("cpu") or _get_current_dispatch_mode() is not None:
-        return "autocast, FLOP counters and tracers act on the two steps."
-    return None
+    return why_not_onednn(x, weight, bias)
 
 
 DEPTHWISE_GELU = Operator(

@@ -12,31 +12,24 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vitzoo.ops._dispatch import Backend, Operator, forced_backend
+from vitzoo.ops._onednn import records_gradient, why_not_onednn
 
 # A product of fewer multiply-adds is over before oneDNN has set itself up.
 _WORTH_IT = 1 << 22
 # Up to this many input features the BLAS is bound by memory and oneDNN's fused bias counts.
 _NARROW = 96
-# oneDNN wins by 2 or more where it wins at all; a bound near 1 would let a busy machine decide
-# differently from process to process, and the BLAS keeps everybody's numbers.
+# A bound near 1 would let a busy machine decide differently from process to process, and where the
+# gain is small the BLAS keeps everybody's numbers.
 _CLEAR_WIN = 1.5
 _CLASSES = ("inference/narrow", "inference/wide", "training/narrow", "training/wide")
 
 _choices: dict[str, str] | None = None
 # weight -> (state, probe, packed copy)
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _is_training(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
 
 
 def _as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -71,7 +64,7 @@ def _pack(weight: Tensor) -> Tensor:
 
 def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """oneDNN's product: on packed weights in inference, as a convolution where autograd records."""
-    if _is_training(x, weight, bias):
+    if records_gradient(x, weight, bias):
         _packed.pop(weight, None)
         return _as_convolution(x, weight, bias)
     return _pointwise(x, _pack(weight), bias, "none")
@@ -88,30 +81,14 @@ def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 
 
 def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "A traced graph keeps torch's own linear."
-    if any(t is not None and t.device.type != "cpu" for t in (x, weight, bias)):
-        return "oneDNN serves the CPU only."
-    if any(t is not None and t.dtype != torch.float32 for t in (x, weight, bias)):
-        return "It is for float32; torch sends other dtypes to oneDNN by itself."
-    if torch.is_autocast_enabled("cpu"):
-        return "Autocast chooses the dtype of torch's own linear."
-    if any(type(t) not in (Tensor, nn.Parameter) for t in (x, weight)):
-        return "It takes plain tensors, no subclasses."
-    if _get_current_dispatch_mode() is not None:
-        return "A dispatch mode (fake tensors, counters) should see torch's own linear."
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return "Function transforms and forward-mode derivatives need torch's own linear."
-    if not torch.backends.mkldnn.is_available():
-        return "This build of torch has no oneDNN."
     if x.numel() == 0 or weight.numel() == 0:
         return "There is nothing to multiply."
-    return None
+    return why_not_onednn(x, weight, bias)
 
 
 def _gelu_why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     reason = _why_not(x, weight, bias)
-    if reason is None and _is_training(x, weight, bias):
+    if reason is None and records_gradient(x, weight, bias):
         return "The fused GELU has no backward."
     return reason
 
@@ -119,7 +96,7 @@ def _gelu_why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str 
 def _auto_skip(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     if x.numel() * weight.shape[0] < _WORTH_IT:
         return "The product is too small to gain."
-    phase = "training" if _is_training(x, weight, bias) else "inference"
+    phase = "training" if records_gradient(x, weight, bias) else "inference"
     width = "narrow" if x.shape[-1] <= _NARROW else "wide"
     if linear_choices()[f"{phase}/{width}"] != "onednn":
         return "The BLAS is as fast on this machine."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,8 +109,6 @@ def create_model(options: ModelOptions, num_classes: int, *, pretrained: bool) -
         raise
     except (TypeError, ValueError, RuntimeError, OSError, KeyError) as error:
         raise _explain(error, options, load=load) from error
-    except pickle.UnpicklingError as error:
-        raise refused_pickle(options.checkpoint or options.name) from error
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
     if options.compile:

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from vitzoo._paths import cache_folder
+from vitzoo._paths import cache_folder, write_atomically
 from vitzoo.zoo.entries import WeightEntry
 from vitzoo.zoo.errors import CorruptFileError, WeightsError
-from vitzoo.zoo.files import logger, verify, write_atomically
+from vitzoo.zoo.files import logger, verify
 
 TRIES = 4
 BACK_OFF_S = 0.5
@@ -207,7 +207,7 @@ def _download(source: str, target: Path) -> None:
         if answer.status != 206:
             have = 0
             validator = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-            write_atomically(about, json.dumps({"validator": validator}))
+            write_atomically(about, json.dumps({"validator": validator}).encode())
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
         with part.open("ab" if have else "wb") as file:

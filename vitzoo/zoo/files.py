@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import pickle
-import tempfile
 import zipfile
 from pathlib import Path
 
 import torch
 
+from vitzoo._paths import write_atomically
 from vitzoo.zoo.errors import CorruptFileError, UnsafeFileError, WeightsError
 
 logger = logging.getLogger("vitzoo.zoo")
@@ -25,16 +24,6 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
 
 
 def verify(path: Path, expected: str | None, *, where_from: str) -> None:
@@ -59,7 +48,7 @@ def verify(path: Path, expected: str | None, *, where_from: str) -> None:
         expected = record.read_text().strip()
     found = sha256_of(real)
     if expected is None:
-        write_atomically(record, found + "\n")
+        write_atomically(record, f"{found}\n".encode())
         logger.info("%s publishes no checksum; recorded sha256 %s", where_from, found)
     elif found != expected:
         for file in {path, real}:

@@ -1,4 +1,4 @@
-"""Accuracy as the origin of the weights states it."""
+"""The whole weights table, and looking things up in it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ def all_entries() -> list[WeightEntry]:
     return found
 
 
-def accuracy(name: str) -> dict[str, float]:
-    """Published metrics of `model.tag`, or of the model's first entry where no tag is given."""
+def find_entry(name: str) -> WeightEntry | None:
+    """The table's entry of `model.tag`, or of a model's first published weights."""
     model, _, tag = name.partition(".")
     for entry in all_entries():
-        if entry.model == model and tag in ("", entry.tag):
-            return dict(entry.published)
-    return {}
+        if entry.model == model and entry.task == "classification" and tag in ("", entry.tag):
+            return entry
+    return None
+
+
+def accuracy(name: str) -> dict[str, float]:
+    """Published metrics of `model.tag`, or of the model's first entry where no tag is given."""
+    entry = find_entry(name)
+    return dict(entry.published) if entry else {}

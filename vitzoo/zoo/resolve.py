@@ -12,19 +12,9 @@ from typing import Any
 from timm.models import PretrainedCfg
 
 from vitzoo.zoo.download import WEIGHT_FILES, fetch, fetch_source
-from vitzoo.zoo.entries import WeightEntry
 from vitzoo.zoo.errors import WeightsError
 from vitzoo.zoo.files import check_weights
-from vitzoo.zoo.published import all_entries
-
-
-def find_entry(name: str) -> WeightEntry | None:
-    """The table's entry of `model.tag`, or of a model's first published weights."""
-    model, _, tag = name.partition(".")
-    for entry in all_entries():
-        if entry.model == model and entry.task == "classification" and tag in ("", entry.tag):
-            return entry
-    return None
+from vitzoo.zoo.published import find_entry
 
 
 def local_overlay(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> dict[str, Any] | None:

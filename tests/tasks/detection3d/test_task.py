@@ -80,7 +80,7 @@ def test_wrong_recipes_give_a_sentence() -> None:
         (["model.args.halo=3"], "cannot build the detector"),
         (["model.decode.score=0.1"], "model.decode has no 'score'"),
         (["model.decode.nms_thresholds=[0.1]"], "nms_thresholds has 1 values for 3 classes"),
-        (["model.checkpoint=none.pth"], "is no file"),
+        (["model.checkpoint=none.pth"], "no weights file"),
     ):
         with pytest.raises(InputError, match=message):
             build(*overrides).build_model()

@@ -21,7 +21,6 @@ from vitzoo.heads.detection3d import (
     build_detector3d,
     join_frames,
 )
-from vitzoo.tasks._models import refused_pickle
 from vitzoo.tasks.contract import Batch, Task, TaskData
 from vitzoo.tasks.detection3d import av2, kitti, synthetic
 from vitzoo.tasks.detection3d.augment import PasteBank, augment, crop
@@ -31,6 +30,7 @@ from vitzoo.tasks.detection3d.metrics import DetectionMetrics, MetricOptions
 from vitzoo.tasks.detection3d.npz import NpzFrames
 from vitzoo.tasks.detection3d.options import Detection3DOptions
 from vitzoo.tasks.detection3d.result import Boxes3D
+from vitzoo.zoo.files import check_weights
 
 _CLASSES = {"synthetic": synthetic.CLASSES, "av2": av2.CLASSES, "kitti": kitti.CLASSES}
 _POINT_FEATURES = {
@@ -275,20 +275,15 @@ def load_checkpoint(detector: PillarDetector, path: str) -> None:
     Raises:
         InputError: no such file, not plain tensors, or they do not fit.
     """
-    import pickle
-
     from timm.models import load_state_dict
 
     file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"model.checkpoint={path} is no file")
+    check_weights(file)
     try:
         state = load_state_dict(str(file), weights_only=True)
         if any(name.startswith("middle_encoder.") for name in state):
             detector.load_reference(state)
         else:
             detector.load_state_dict(state)
-    except pickle.UnpicklingError as error:
-        raise refused_pickle(path) from error
     except (RuntimeError, OSError, KeyError) as error:
         raise InputError(f"cannot load {path}: {' '.join(str(error).split())[:600]}") from error

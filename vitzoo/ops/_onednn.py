@@ -1,0 +1,35 @@
+"""When a float32 step on the CPU may be handed to oneDNN as one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+
+def records_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a step on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def why_not_onednn(*tensors: Tensor | None) -> str | None:
+    """Why oneDNN's own operators must not stand for torch's here, or None."""
+    given = [t for t in tensors if t is not None]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "A traced graph keeps torch's own operators."
+    if any(t.device.type != "cpu" for t in given):
+        return "oneDNN serves the CPU only."
+    if any(t.dtype != torch.float32 for t in given):
+        return "It is for float32; torch sends other dtypes to oneDNN by itself."
+    if torch.is_autocast_enabled("cpu"):
+        return "Autocast chooses the dtype of torch's own operators."
+    if any(type(t) not in (Tensor, nn.Parameter) for t in given):
+        return "It takes plain tensors, no subclasses."
+    if _get_current_dispatch_mode() is not None:
+        return "A dispatch mode (fake tensors, counters) should see torch's own operators."
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "Function transforms and forward-mode derivatives need torch's own operators."
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "This torch has no oneDNN, or it is switched off."
+    return None
