@@ -22,6 +22,7 @@ EXTRAS = {
     "yaml": "train",
     "segmentation_models_pytorch": "seg",
     "pycocotools": "det",
+    "skimage": "det",
     "torchmetrics": "det",
 }
 
