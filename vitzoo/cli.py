@@ -23,6 +23,11 @@ EXTRAS = {
     "segmentation_models_pytorch": "seg",
     "pycocotools": "det",
     "skimage": "det",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "openvino": "export",
+    "torchao": "export",
     "torchmetrics": "det",
 }
 

@@ -94,6 +94,40 @@ def predict(
     predict_files(model, files, given, top=top, json_path=json_path, draw=draw)
 
 
+@cli.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run, a weights file, or a model's name.")],
+    values: Overrides = None,
+    to: Annotated[str, typer.Option(help="onnx, torch-export or openvino.")] = "onnx",
+    dynamic: Annotated[
+        str, typer.Option(help="What stays open: batch, size (height and width), or both.")
+    ] = "",
+    features: Annotated[
+        bool, typer.Option("--features", help="Export the feature maps instead.")
+    ] = False,
+    half: Annotated[bool, typer.Option("--half", help="float16.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="int8 weights and activations.")] = False,
+    output: Annotated[Path | None, typer.Option(help="The graph's file.")] = None,
+) -> int:
+    """Export a graph, run it again and compare; exit 1 when it is off."""
+    from vitzoo.engine.export import export as run
+    from vitzoo.engine.report import console
+
+    words = [word for word in dynamic.split(",") if word]
+    made = run(
+        model,
+        to,  # type: ignore[arg-type]
+        values or [],
+        dynamic=words,
+        features=features,
+        half=half,
+        int8=int8,
+        output=output,
+    )
+    console().print(made.report(), markup=False)
+    return 0 if made.agrees else 1
+
+
 @cli.command(name="list")
 def list_command(
     family: Annotated[str | None, typer.Argument(help="Only this family.")] = None,

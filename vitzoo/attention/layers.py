@@ -10,6 +10,7 @@ from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from vitzoo.ops import linear, linear_gelu
+from vitzoo.ops._sides import overhang, symbolic
 
 
 class Linear(nn.Linear):
@@ -89,8 +90,8 @@ def conv_channels_last(x: Tensor, conv: nn.Conv2d) -> Tensor:
 @register_notrace_function
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zeros on the right and bottom of x (B, H, W, C) up to multiples of `multiple`."""
-    bottom, right = -x.shape[1] % multiple, -x.shape[2] % multiple
-    if bottom or right:
+    bottom, right = overhang(x.shape[1], multiple), overhang(x.shape[2], multiple)
+    if symbolic(bottom, right) or bottom or right:
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
     return x
 
@@ -98,7 +99,7 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 @register_notrace_function
 def pad_image_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zeros on the right and bottom of x (B, C, H, W) up to multiples of `multiple`."""
-    bottom, right = -x.shape[2] % multiple, -x.shape[3] % multiple
-    if bottom or right:
+    bottom, right = overhang(x.shape[2], multiple), overhang(x.shape[3], multiple)
+    if symbolic(bottom, right) or bottom or right:
         x = F.pad(x, (0, right, 0, bottom))
     return x

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._sides import crop, overhang, symbolic
 from vitzoo.ops.attention import attention_portable, attention_reference
 
 Fill = tuple[Tensor, Tensor]
@@ -26,7 +27,7 @@ def _check(q: Tensor, window_size: int, shift: int) -> None:
 def _margins(length: int, window_size: int, shift: int) -> tuple[int, int]:
     """Positions that the window grid covers before and after a side of `length` tokens."""
     before = (window_size - shift) % window_size
-    return before, -(length + before) % window_size
+    return before, overhang(length + before, window_size)
 
 
 def _pad_map(x: Tensor, top_left: tuple[int, int], bottom_right: tuple[int, int]) -> Tensor:
@@ -110,7 +111,7 @@ def window_attention_portable(
     top, bottom = _margins(H, window_size, shift)
     left, right = _margins(W, window_size, shift)
     pads = ((top, left), (bottom, right))
-    padded = any(pads[0]) or any(pads[1])
+    padded = symbolic(H, W) or any(pads[0]) or any(pads[1])
     mask = None
     if padded:
         inside = F.pad(
@@ -131,7 +132,7 @@ def window_attention_portable(
         *(split_windows(t, window_size) for t in (q, k, v)), bias=bias, mask=mask, scale=scale
     )
     out = join_windows(out, window_size, full_H, full_W)
-    return out[:, top : top + H, left : left + W] if padded else out
+    return crop(out, top, H, left, W) if padded else out
 
 
 WINDOW_ATTENTION = Operator(

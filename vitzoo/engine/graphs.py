@@ -1,0 +1,112 @@
+"""Writing and running graphs: ONNX, torch.export and OpenVINO, each in a few lines."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "openvino": ".xml"}
+QUANTIZED = {
+    "onnx": "onnxruntime.quantization.quantize_dynamic",
+    "torch-export": "torchao Int8DynamicActivationInt8WeightConfig",
+    "openvino": "onnxruntime.quantization.quantize_dynamic, converted",
+}
+Runner = Callable[[Tensor], Sequence[Tensor]]
+
+
+def write_graph(
+    program: torch.export.ExportedProgram,
+    model: nn.Module,
+    to: str,
+    path: Path,
+    *,
+    int8: bool,
+    shape: Sequence[int],
+    dynamic: Sequence[str],
+) -> None:
+    """Write the traced model in a format; with `int8` quantised on the way."""
+    if to == "torch-export":
+        if int8:
+            program = _torchao(model, shape, dynamic)
+        torch.export.save(program, path)
+        return
+    if to == "onnx":
+        _write_onnx(program, path, int8=int8)
+        return
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = Path(folder) / "model.onnx"
+        _write_onnx(program, onnx, int8=int8)
+        openvino.save_model(openvino.convert_model(onnx), path, compress_to_fp16=False)
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, *, int8: bool) -> None:
+    made = torch.onnx.export(
+        program,
+        input_names=["image"],
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    if made is None:
+        raise RuntimeError("torch.onnx.export made no program")
+    if not int8:
+        made.save(path, external_data=False)
+        return
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        wide = Path(folder) / "wide.onnx"
+        made.save(wide, external_data=False)
+        # Its integer convolution is slower than the float one, and most work is in the products.
+        quantize_dynamic(
+            wide, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8
+        )
+
+
+def _torchao(
+    model: nn.Module, shape: Sequence[int], dynamic: Sequence[str]
+) -> torch.export.ExportedProgram:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    from torchao.utils import unwrap_tensor_subclass
+
+    from vitzoo.engine.export import trace
+
+    quantized = copy.deepcopy(model)
+    quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
+    return trace(unwrap_tensor_subclass(quantized), shape, dynamic)
+
+
+def run_graph(path: Path, to: str) -> Runner:
+    """A function from images to the graph's outputs, on the CPU in the graph's own precision."""
+    if to == "torch-export":
+        # The guards of a trace speak of memory layout, which the graph's own copies settle.
+        module = torch.export.load(path).module(check_guards=False)
+
+        def run_torch(x: Tensor) -> Sequence[Tensor]:
+            with torch.no_grad():
+                out: Any = module(x)
+            return [out] if isinstance(out, Tensor) else list(out)
+
+        return run_torch
+    if to == "onnx":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        return lambda x: [torch.from_numpy(out) for out in session.run(None, {name: x.numpy()})]
+    import openvino
+
+    # OpenVINO takes bfloat16 where the processor has it, unless told; that is 1e-2 off.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    return lambda x: [torch.from_numpy(out.copy()) for out in compiled(x.numpy()).values()]

@@ -1,0 +1,31 @@
+"""Sides of maps that are numbers in eager mode and symbols under export."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def symbolic(*sides: int) -> bool:
+    """Whether a side is unknown: an exported graph must then not branch on it."""
+    return any(isinstance(side, torch.SymInt) for side in sides)
+
+
+def pieces(side: int, size: int) -> int:
+    """How many pieces of `size` cover a side; the last may hang over."""
+    # Not -(-side // size): symbolic sides of nested negatives take minutes to simplify.
+    return (side + size - 1) // size
+
+
+def overhang(side: int, size: int) -> int:
+    """What is missing from a side to the next multiple of `size`."""
+    return pieces(side, size) * size - side
+
+
+def crop(x: Tensor, top: int, H: int, left: int, W: int) -> Tensor:
+    """Rows top to top + H and columns left to left + W of x (B, H', W', ...).
+
+    Of unknown sides a copy: whether a view is contiguous would decide which graph is exported.
+    """
+    x = x[:, top : top + H, left : left + W]
+    return x.clone(memory_format=torch.contiguous_format) if symbolic(H, W) else x
