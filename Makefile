@@ -36,7 +36,7 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python benchmarks/models.py
+	$(BIN)/python -m vitzoo bench models
 
 proof: setup
 	$(BIN)/python -m benchmarks.proof

@@ -28,24 +28,11 @@ import torch
 from torch import Tensor
 
 from vitzoo.engine.bench import machine
+from vitzoo.engine.bench_cases import expanded_keys
 from vitzoo.ops import OPERATORS, Backend, use_backend
 from vitzoo.ops.routed import join_regions, split_regions
 
 BAR = 0.5
-
-
-def expanded_keys(
-    k: Tensor, v: Tensor, regions: Tensor, region_grid: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of every query region, (B * regions, chosen tokens, heads, d) each."""
-    keys, values = split_regions(k, region_grid), split_regions(v, region_grid)
-    B, p, tokens, heads, d = keys.shape
-    chosen = regions.shape[-1]
-    joined = torch.cat([keys, values], dim=-1).flatten(3)
-    index = regions[..., None, None].expand(-1, -1, -1, tokens, 2 * heads * d)
-    picked = torch.gather(joined[:, None].expand(-1, p, -1, -1, -1), 2, index)
-    keys, values = picked.view(B * p, chosen * tokens, heads, 2 * d).split(d, dim=-1)
-    return keys, values
 
 
 def expanded_attention(

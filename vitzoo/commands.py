@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vitzoo import commands_bench
 from vitzoo.errors import InputError
 
 cli = typer.Typer(
@@ -15,6 +16,8 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     help="Vision transformers with efficient attention: train, evaluate, predict.",
 )
+
+cli.add_typer(commands_bench.cli, name="bench")
 
 Overrides = Annotated[
     list[str] | None,

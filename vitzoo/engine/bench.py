@@ -1,4 +1,4 @@
-"""Paired, interleaved timing of a model against a baseline on the CPU.
+"""Paired, interleaved timing on the CPU: what `vitzoo bench ops` and `bench models` rest on.
 
 Machines are shared and noisy, so absolute times mean little: both sides are timed in one process,
 one after the other, and what counts is the median of the pairwise ratios. The allocator changes
@@ -9,6 +9,7 @@ which is why a measurement runs in a process of its own.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,56 @@ QUIET_MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "268435456",
 }
+
+
+def interleaved(
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    warm_up: int = 2,
+    seconds: float = float("inf"),
+) -> dict[str, list[float]]:
+    """Time all sides in turn, round after round.
+
+    Args:
+        sides: what to time, by name.
+        rounds: how often.
+        warm_up: rounds before that, which do not count.
+        seconds: no new round begins after so long, but three are always made.
+
+    Returns:
+        Seconds of every call, by name; entries of one place are of one round.
+    """
+    for _ in range(warm_up):
+        for run in sides.values():
+            run()
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    began = time.perf_counter()
+    for i in range(rounds):
+        if i >= 3 and time.perf_counter() - began > seconds:
+            break
+        # Whoever comes later finds the caches as the others left them: take turns.
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter()
+            sides[name]()
+            found[name].append(time.perf_counter() - start)
+    return found
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, Any]:
+    """How often `fast` fits into `slow`: the median over the rounds, and the quartiles."""
+    low, median, high = statistics.quantiles(
+        [a / b for a, b in zip(slow, fast, strict=True)], n=4, method="inclusive"
+    )
+    return {"ratio": median, "ratio_quartiles": [low, high]}
+
+
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """Slope of log seconds over log sizes, by least squares."""
+    return statistics.linear_regression(
+        [math.log(size) for size in sizes], [math.log(time_) for time_ in seconds]
+    ).slope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,34 +150,21 @@ def measure_here(measurement: Measurement) -> dict[str, Any]:
     torch.set_num_threads(measurement.threads)
     ours = _step(measurement, measurement.model)
     base = _step(measurement, measurement.baseline, compiled=measurement.compile_baseline)
-    for _ in range(2):
-        ours()
-        base()
-    times: list[tuple[float, float]] = []
-    for i in range(measurement.pairs):
-        # Whoever comes second finds the caches as the first left them: take turns.
-        if i % 2:
-            second, first = _timed(base), _timed(ours)
-        else:
-            first, second = _timed(ours), _timed(base)
-        times.append((first, second))
-    ratios = [base_time / our_time for our_time, base_time in times]
-    low, median, high = statistics.quantiles(ratios, n=4)
+    times = interleaved({"model": ours, "baseline": base}, rounds=measurement.pairs)
     result = asdict(measurement) | {
-        "model_ms": 1e3 * statistics.median(t for t, _ in times),
-        "baseline_ms": 1e3 * statistics.median(t for _, t in times),
-        "ratio": median,
-        "ratio_quartiles": [low, high],
+        "model_ms": 1e3 * statistics.median(times["model"]),
+        "baseline_ms": 1e3 * statistics.median(times["baseline"]),
+        **ratio(times["baseline"], times["model"]),
     }
+    chosen = None
+    if measurement.linear == "auto":
+        from vitzoo.ops import linear_choices
+
+        chosen = linear_choices()
+    result["linear_choices"] = chosen
     if measurement.gmacs and measurement.baseline_gmacs:
-        result["mac_rate_ratio"] = median * measurement.gmacs / measurement.baseline_gmacs
+        result["mac_rate_ratio"] = result["ratio"] * measurement.gmacs / measurement.baseline_gmacs
     return result
-
-
-def _timed(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 def _step(measurement: Measurement, name: str, *, compiled: bool = False) -> Callable[[], None]:
@@ -137,7 +175,9 @@ def _step(measurement: Measurement, name: str, *, compiled: bool = False) -> Cal
 
     torch.manual_seed(0)
     dtype = getattr(torch, measurement.dtype)
-    model = timm.create_model(name).to(dtype)
+    # timm's plain ViTs serve one size, which has to be said.
+    size = {"img_size": measurement.size} if name.startswith(("deit_", "vit_")) else {}
+    model = timm.create_model(name, **size).to(dtype)
     x = torch.randn(measurement.batch, 3, measurement.size, measurement.size, dtype=dtype)
     if measurement.memory_format == "channels_last":
         model = model.to(memory_format=torch.channels_last)
