@@ -93,7 +93,7 @@ def test_an_operator_from_the_command_line(tmp_path: Path, monkeypatch: pytest.M
     report = json.loads(out.read_text())
     # The first command's row stays.
     assert [row["operator"] for row in report["rows"]] == ["grouped", "grouped", "channel"]
-    assert set(report["rows"][0]["forms"]) == {"gather_eager", "gather_sdpa", "reference"}
+    assert set(report["rows"][0]["forms"]) == {"eager", "gather_sdpa", "reference"}
     assert report["slopes"]["grouped"]["tokens"] == [28, 56, 112, 224]
     assert "| grouped | 60 tokens" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 1000

@@ -1,7 +1,7 @@
 """Shapes that operators are timed and checked at, and the usual ways to write each of them.
 
 A written-out form copies the keys of every tile of queries beside them (`gathered`) and then
-attends: `gather_eager` with products and a softmax whose probabilities are kept, `gather_sdpa` with
+attends: `eager` with products and a softmax whose probabilities are kept, `gather_sdpa` with
 torch's fused attention. Needs torch alone.
 """
 
@@ -64,6 +64,8 @@ class Case:
         device = next(iter(leaves.values())).device
         for name, value in self.settings.items():
             given[name] = value.to(device) if isinstance(value, Tensor) else value
+        if form == "eager" and self.operator in WRITTEN:
+            return WRITTEN[self.operator](**given)
         if form in FORMS:
             q, k, v, bias, back = GATHERED[self.operator](**given)
             return back(ops.attention(q, k, v, bias=bias, backend=FORMS[form]))
@@ -72,6 +74,8 @@ class Case:
     @property
     def forms(self) -> tuple[str, ...]:
         """The written-out forms that this operator has, and the reference."""
+        if self.operator in WRITTEN:
+            return ("eager", "reference")
         return (*(FORMS if self.operator in GATHERED else ()), "reference")
 
     def least_bytes(self, dtype: torch.dtype) -> int:
@@ -83,7 +87,7 @@ class Case:
         return (sum(sizes.values()) + out) * torch.finfo(dtype).bits // 8
 
 
-FORMS = {"gather_eager": "reference", "gather_sdpa": "portable"}
+FORMS = {"eager": "reference", "gather_sdpa": "portable"}
 
 
 def _gather_windows(q: Tensor, k: Tensor, v: Tensor, *, window_size: int) -> Gathered:
@@ -178,6 +182,14 @@ def _gather_groups(
     return *tiles, bias, lambda out: out.flatten(0, 1)[slot]  # type: ignore[return-value]
 
 
+def _channel_eager(q: Tensor, k: Tensor, v: Tensor, *, axis_scale: str) -> Tensor:
+    """As timm's DaViT does, with head_dim's scale: all in the dtype of the inputs."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    weights = ((q * q.shape[-1] ** -0.5).transpose(-2, -1) @ k).softmax(dim=-1)
+    return (weights @ v.transpose(-2, -1)).permute(0, 3, 1, 2)
+
+
+WRITTEN = {"channel_attention": _channel_eager}
 GATHERED: dict[str, Callable[..., Gathered]] = {
     "window_attention": _gather_windows,
     "halo_attention": _gather_halo,
@@ -206,7 +218,7 @@ def halo(H: int, W: int, *, heads: int = 8, d: int = 16, batch: int = 1, **bars:
         shapes=_qkv(batch, H, W, heads, d) | {"height": (27, d), "width": (27, d)},
         settings={"block_size": 8, "halo_size": 3},
         tokens=batch * H * W,
-        bars={("gather_eager", direction): bar for direction, bar in bars.items()},
+        bars={("eager", direction): bar for direction, bar in bars.items()},
     )
 
 
@@ -220,7 +232,7 @@ def neighborhood(
         shapes=_qkv(batch, H, W, heads, d) | {"bias": (heads, 13, 13)},
         settings={"kernel_size": 7},
         tokens=batch * H * W,
-        bars={("gather_eager", direction): bar for direction, bar in bars.items()},
+        bars={("eager", direction): bar for direction, bar in bars.items()},
     )
 
 

@@ -204,8 +204,7 @@ def table(report: dict[str, Any]) -> str:
         "`vitzoo/engine/bench_cases.py`. No ratio is given before both sides agree with the "
         f"reference. `linear` takes here: {choices}.",
         "",
-        "| operator | case | dtype | direction | ms | gather, eager | gather, SDPA | reference "
-        "| bar |",
+        "| operator | case | dtype | direction | ms | eager | gather, SDPA | reference | bar |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
