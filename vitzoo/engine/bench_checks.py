@@ -18,7 +18,7 @@ DIRECTIONS = ("forward", "both")
 # of a half-precision type (a yardstick can be exact by chance).
 FLOAT32_BOUND = 1e-5
 HALF_ROUNDINGS = 2.0
-# Beyond that a form may err as far as plain products and a softmax in the same dtype do, times this.
+# Beyond that a form may err as far as plain arithmetic in the same dtype does, times this.
 FACTOR = 2.0
 
 
