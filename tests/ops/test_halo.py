@@ -86,8 +86,11 @@ def test_one_block_as_large_as_the_map_is_dense_attention() -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 200_000])
-def test_chunks_do_not_change_the_result(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = inputs(13, 30, window=8)
+@pytest.mark.parametrize("value_dim", [6, 16])
+def test_chunks_do_not_change_the_result(
+    budget: int, value_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(13, 30, dims=(4, value_dim), window=8)
     arguments = {"block_size": 4, "halo_size": 2, "backend": "portable"}
     whole = call(given, **arguments)
     monkeypatch.setattr(_halo, "_CPU_CHUNK_BYTES", budget)

@@ -10,6 +10,8 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from vitzoo.attention.parts import PartedSequential
+
 
 class Stage(nn.Module):
     """A downsampler and its blocks.
@@ -22,7 +24,7 @@ class Stage(nn.Module):
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = PartedSequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""

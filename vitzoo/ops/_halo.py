@@ -18,6 +18,9 @@ Pair = tuple[Tensor, Tensor]
 # faults then cost more than the arithmetic. Smaller still, the buffers stay in the caches.
 _CPU_CHUNK_BYTES = 4 * 2**20
 _GPU_CHUNK_BYTES = 2**30
+# Values up to this wide are faster multiplied the other way round: a BLAS fills its registers along
+# the rows of the (column-major) result, which are the values' channels.
+_NARROW = 12
 
 
 @dataclass(frozen=True)
@@ -289,8 +292,12 @@ def _attend(
         (images, rows, side, columns, side, heads, d), the order of a map.
     """
     weights = scratch.softmax_of_product(queries, scratch.keys(keys))
-    flat = values.reshape(weights.shape[0], -1, values.shape[-1])
-    attended = torch.bmm(weights, flat).view(*shape[:-1], values.shape[-1])
+    d = values.shape[-1]
+    flat = values.reshape(weights.shape[0], -1, d)
+    if d <= _NARROW:
+        attended = torch.bmm(flat.transpose(1, 2), weights.transpose(1, 2))
+        return attended.view(*shape[:4], d, *shape[4:6]).permute(0, 2, 5, 3, 6, 1, 4)
+    attended = torch.bmm(weights, flat).view(*shape[:-1], d)
     return attended.permute(0, 2, 4, 3, 5, 1, 6)
 
 
