@@ -109,6 +109,8 @@ class _Strips:
     def __init__(self, q: Tensor, y: Axis, x: Axis) -> None:
         self.y, self.x = y, x
         self.lead, self.heads = q.shape[:-4], q.shape[-2]
+        # One buffer for the rows of tiles in turn: it stays in the cache.
+        self._scores: Tensor | None = None
 
     def _new(self, maps: Tensor, width: int, *, zero: bool) -> Tensor:
         size = (*self.lead, self.heads, self.x.count, self.y.length, width, maps.shape[-1])
@@ -151,13 +153,15 @@ class _Strips:
             here.copy_(there)
 
     def weights(self, q: Tensor, k: Tensor, spread: Tensor) -> Tensor:
-        """Probabilities (strips, queries, keys) of one row of tiles."""
-        logits = torch.bmm(q, k.transpose(1, 2))
+        """Probabilities (strips, queries, keys) of one row of tiles, gone at the next call."""
+        if self._scores is None or self._scores.shape != (*q.shape[:2], k.shape[1]):
+            self._scores = q.new_empty(*q.shape[:2], k.shape[1])
+        logits = torch.bmm(q, k.transpose(1, 2), out=self._scores)
         # A tile that hangs over the lower end has fewer rows.
         logits.view(-1, self.heads, self.x.count, *logits.shape[1:]).add_(
             spread[:, :, : q.shape[1]]
         )
-        return logits.softmax(-1)
+        return torch.softmax(logits, -1, out=logits)
 
 
 def _as_matrices(tiles: Tensor) -> Tensor:
