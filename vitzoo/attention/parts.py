@@ -11,13 +11,13 @@ from vitzoo.attention.choices import choices_are_watched
 from vitzoo.ops._onednn import why_not_onednn
 
 # Of the input. Hidden maps are three to four times as wide, and several are alive at once.
-_PART_BYTES = 1 << 20
+_PART_BYTES = 2 << 20
 
 
 class PartedSequential(nn.Sequential):
     """nn.Sequential for layers that treat every image by itself, (B, ...) -> (B, ...).
 
-    In inference on the CPU a large batch passes in parts of about a megabyte of input each. Not
+    In inference on the CPU a large batch passes in parts of up to two megabytes of input. Not
     where somebody listens to layers or their choices: who does expects one call with all images.
 
     Args:
