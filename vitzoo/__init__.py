@@ -9,6 +9,7 @@ from timm import create_model as build_classifier
 
 from vitzoo import ops
 from vitzoo.backbones import ModelInfo, info, list_models
+from vitzoo.heads.detection import build_detector
 from vitzoo.heads.detection3d import build_detector3d
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ModelInfo",
     "build_classifier",
+    "build_detector",
     "build_detector3d",
     "info",
     "list_models",
