@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-all proof check bench cards
+.PHONY: setup demo test test-all checks-table proof check bench cards
 
 setup: .setup-done
 
@@ -25,6 +25,9 @@ demo: .demo-done
 
 test: setup check
 	$(PYTEST) -n 2 --dist loadgroup -m "not slow and not gpu and not network"
+
+checks-table: setup
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow" --suite-table docs/checks.md tests/backbones/test_registry.py
 
 test-all: setup check
 	$(PYTEST) -n 2 --dist loadgroup -m "not gpu and not network"

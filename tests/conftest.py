@@ -15,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--suite-table",
         metavar="FILE",
-        help="write the registry-wide suite's results, family by check, to FILE (JSON)",
+        help="write the registry-wide suite's results, family by check, to FILE (.md or JSON)",
     )
 
 
@@ -41,7 +41,37 @@ class SuiteTable:
         self.counts[vitzoo.info(name).family][check][report.outcome] += 1
 
     def pytest_sessionfinish(self) -> None:
-        self.path.write_text(json.dumps(self.counts, indent=1, sort_keys=True) + "\n")
+        if self.path.suffix == ".md":
+            self.path.write_text(self.markdown())
+        else:
+            self.path.write_text(json.dumps(self.counts, indent=1, sort_keys=True) + "\n")
+
+    def markdown(self) -> str:
+        """A row a check, a column a family: models passed, and what did not pass by name."""
+        families = sorted(self.counts)
+        checks = sorted({check for by_check in self.counts.values() for check in by_check})
+        lines = [
+            "# Families and checks",
+            "",
+            "Models that passed each check of the registry-wide suite "
+            "(`tests/backbones/test_registry.py`); a skip is a limit that the model's own record "
+            "states with its reason (`vitzoo info NAME`). An empty cell: the check ran on no model "
+            "of that family, since its tier takes small or distinct models only. Made by "
+            "`make checks-table`.",
+            "",
+            f"| check | {' | '.join(families)} |",
+            f"|---|{'---|' * len(families)}",
+        ]
+        for check in checks:
+            cells = [self._cell(self.counts[family].get(check, {})) for family in families]
+            lines.append(f"| {check.replace('_', ' ')} | {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
+
+    @staticmethod
+    def _cell(outcomes: dict[str, int]) -> str:
+        passed = str(outcomes["passed"]) if outcomes.get("passed") else ""
+        others = [f"{outcomes[key]} {key}" for key in ("failed", "skipped") if outcomes.get(key)]
+        return ", ".join(part for part in (passed, *others) if part)
 
 
 def pytest_configure(config: pytest.Config) -> None:
