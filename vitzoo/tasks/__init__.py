@@ -31,6 +31,7 @@ __all__ = [
 # Name in recipes -> where its class is; imported when asked for, since a task may need an extra.
 TASKS = {
     "classification": "vitzoo.tasks.classification:ClassificationTask",
+    "detection": "vitzoo.tasks.detection.task:DetectionTask",
     "detection3d": "vitzoo.tasks.detection3d.task:Detection3DTask",
     "sparsifiner": "vitzoo.tasks.sparsifiner:SparsifinerTask",
 }

@@ -1,0 +1,188 @@
+"""Images with boxes and masks from a COCO-style file."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import hflip, pil_to_tensor
+
+from vitzoo.errors import InputError
+from vitzoo.tasks.contract import UnreadableSample
+from vitzoo.tasks.images import open_image
+
+Sample = dict[str, Any]
+
+
+class CocoImages(Dataset[Sample]):
+    """Every image of a COCO-style file, those without objects among them.
+
+    A sample has `image` (3, H, W) from 0 to 1, `boxes` (N, 4) as x0, y0, x1, y1, `labels` (N,)
+    from 1, `masks` (N, H, W) uint8 where they are wanted, and the `image_id`. Crowds are left
+    out; `truth` has them for the evaluation.
+
+    Args:
+        annotations: the JSON file.
+        images: the folder that `file_name` is relative to.
+        masks: also read masks.
+        first: keep only the first n images.
+        flip: probability of the mirror image.
+
+    Raises:
+        InputError: no such file, or not COCO's form; the message says what is missing.
+    """
+
+    def __init__(
+        self,
+        annotations: Path,
+        images: Path,
+        *,
+        masks: bool,
+        first: int | None = None,
+        flip: float = 0.0,
+    ) -> None:
+        self.path, self.folder, self.masks, self.flip = annotations, images, masks, flip
+        content = _read(annotations)
+        self.categories = sorted(content["categories"], key=lambda one: one["id"])
+        self.images = content["images"][:first]
+        self.by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+        for one in content["annotations"]:
+            self.by_image[one["image_id"]].append(one)
+        self.label_of = {one["id"]: i for i, one in enumerate(self.categories, start=1)}
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the categories, by rising id."""
+        return tuple(str(one["name"]) for one in self.categories)
+
+    @property
+    def category_ids(self) -> list[int]:
+        """COCO's id of label i + 1."""
+        return [one["id"] for one in self.categories]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def truth(self, image_ids: list[Any]) -> dict[str, Any]:
+        """The file's content for some images."""
+        kept = set(image_ids)
+        return {
+            "images": [one for one in self.images if one["id"] in kept],
+            "annotations": [a for image in image_ids for a in self.by_image.get(image, [])],
+            "categories": self.categories,
+        }
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self.images[index]
+        path = self.folder / str(record["file_name"])
+        image = open_image(path, where=str(path))
+        boxes, labels, masks = [], [], []
+        for one in self.by_image.get(record["id"], []):
+            if one.get("iscrowd"):
+                continue
+            where = f"annotation {one.get('id')} of {path} ({self.path.name})"
+            boxes.append(_box(one, image.size, where))
+            labels.append(self._label(one, where))
+            if self.masks:
+                masks.append(_mask(one, image.size, where))
+        width, height = image.size
+        sample: Sample = {
+            "image": pil_to_tensor(image).float() / 255,
+            "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.tensor(labels, dtype=torch.long),
+            "image_id": record["id"],
+        }
+        if self.masks:
+            joined = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
+            sample["masks"] = torch.from_numpy(joined)
+        if self.flip and torch.rand(()).item() < self.flip:
+            mirror(sample)
+        return sample
+
+    def _label(self, one: dict[str, Any], where: str) -> int:
+        try:
+            return self.label_of[one["category_id"]]
+        except KeyError:
+            known = ", ".join(str(number) for number in self.label_of)
+            raise UnreadableSample(
+                where, f"category id {one.get('category_id')} is none of the file's: {known}"
+            ) from None
+
+
+def mirror(sample: Sample) -> None:
+    """Exchange left and right of an image and its objects, in place."""
+    sample["image"] = hflip(sample["image"])
+    x0, y0, x1, y1 = sample["boxes"].unbind(1)
+    width = sample["image"].shape[-1]
+    sample["boxes"] = torch.stack([width - x1, y0, width - x0, y1], dim=1)
+    if "masks" in sample:
+        sample["masks"] = sample["masks"].flip(-1)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"no annotations {path}")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise InputError(f"{path} is not COCO's form: it has no list {key!r}")
+    if not content["categories"]:
+        raise InputError(f"{path} names no categories")
+    return content
+
+
+def _box(one: dict[str, Any], size: tuple[int, int], where: str) -> list[float]:
+    """x0, y0, x1, y1 of an annotation, cut to the image by at most a pixel's rounding."""
+    given = one.get("bbox")
+    if not isinstance(given, list) or len(given) != 4:
+        raise UnreadableSample(where, f"its box {given} is not [x, y, width, height]")
+    x, y, width, height = (float(value) for value in given)
+    if not (width > 0 and height > 0):
+        raise UnreadableSample(where, f"its box {given} has no area")
+    # Annotators' tools round: COCO's own boxes leave the image by fractions of a pixel.
+    if x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
+        raise UnreadableSample(
+            where, f"its box {given} lies outside the image of {size[0]} x {size[1]}"
+        )
+    x0, y0 = max(x, 0.0), max(y, 0.0)
+    x1, y1 = min(x + width, float(size[0])), min(y + height, float(size[1]))
+    if x1 <= x0 or y1 <= y0:
+        raise UnreadableSample(where, f"its box {given} has no area inside the image")
+    return [x0, y0, x1, y1]
+
+
+def _mask(one: dict[str, Any], size: tuple[int, int], where: str) -> Any:
+    """(H, W) uint8 from polygons or run lengths."""
+    from pycocotools import mask as coco_mask
+
+    given = one.get("segmentation")
+    width, height = size
+    try:
+        if isinstance(given, dict):
+            if list(given["size"]) != [height, width]:
+                found = " x ".join(str(side) for side in reversed(given["size"]))
+                raise UnreadableSample(where, f"its mask is {found}, the image {width} x {height}")
+            runs = given
+            if isinstance(given["counts"], list):
+                if sum(given["counts"]) != width * height:
+                    raise UnreadableSample(
+                        where,
+                        f"its run lengths hold {sum(given['counts'])} pixels, the image "
+                        f"{width * height}",
+                    )
+                runs = coco_mask.frPyObjects(given, height, width)
+        elif given:
+            runs = coco_mask.merge(coco_mask.frPyObjects(given, height, width))
+        else:
+            raise UnreadableSample(where, "it has no mask")
+        return coco_mask.decode(runs).astype(np.uint8)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UnreadableSample(where, f"its mask is not COCO's form: {error}") from None

@@ -1,0 +1,101 @@
+"""COCO's figures, from pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+def coco_results(
+    found: dict[str, Tensor], image_id: Any, category_ids: list[int]
+) -> list[dict[str, Any]]:
+    """One image's objects in the form of COCO's result files, with compressed masks.
+
+    Args:
+        found: `boxes` (N, 4), `labels` (N,) from 1, `scores` (N,), and `masks` (N, 1, H, W) with
+            probabilities.
+        image_id: the file's.
+        category_ids: the file's id of label i + 1.
+    """
+    corners = found["boxes"].cpu().double()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+    results: list[dict[str, Any]] = []
+    for box, label, score in zip(
+        boxes, found["labels"].tolist(), found["scores"].tolist(), strict=True
+    ):
+        results.append(
+            {
+                "image_id": image_id,
+                "category_id": category_ids[label - 1],
+                "bbox": box,
+                "score": score,
+            }
+        )
+    if "masks" in found:
+        from pycocotools import mask as coco_mask
+
+        masks = (found["masks"][:, 0] >= 0.5).cpu().numpy().astype(np.uint8)
+        for result, mask in zip(results, masks, strict=True):
+            result["segmentation"] = coco_mask.encode(np.asfortranarray(mask))
+    return results
+
+
+def coco_metrics(
+    truth: dict[str, Any], results: list[dict[str, Any]], *, masks: bool
+) -> dict[str, float]:
+    """COCO's twelve figures in percent: `box_AP`, `box_AP50`, ..., and `mask_AP`, ...
+
+    Figures that nothing defines, such as that of large objects where there are none, are left out;
+    without any object there are none.
+
+    Args:
+        truth: a COCO file's content, of the images to judge.
+        results: in the form of COCO's result files.
+        masks: also judge masks.
+    """
+    kinds = {"box": "bbox"} | ({"mask": "segm"} if masks else {})
+    figures: dict[str, float] = {}
+    for name, kind in kinds.items():
+        stats = _stats(truth, results, kind)
+        figures |= {
+            f"{name}_{key}": 100 * float(value)
+            for key, value in zip(_NAMES, stats, strict=True)
+            if value >= 0
+        }
+    return figures
+
+
+def _stats(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> Any:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    # pycocotools writes into the dictionaries that it is given, and prints.
+    given = [dict(one) for one in results]
+    own = {key: [dict(one) for one in value] for key, value in truth.items()}
+    for one in own["annotations"]:
+        one.setdefault("iscrowd", 0)
+        one.setdefault("area", one["bbox"][2] * one["bbox"][3])
+    for one in given:
+        if kind == "bbox":
+            one.pop("segmentation", None)
+        else:
+            # With a box present, its area would count as the mask's size.
+            one.pop("bbox", None)
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference = COCO()
+        reference.dataset = own
+        reference.createIndex()
+        if not given:
+            return [0.0 if own["annotations"] else -1.0] * len(_NAMES)
+        judged = COCOeval(reference, reference.loadRes(given), kind)
+        judged.evaluate()
+        judged.accumulate()
+        judged.summarize()
+    return judged.stats
