@@ -74,3 +74,22 @@ def models(
         )
     write(report, out)
     typer.echo(f"-> {out}, {out.with_suffix('.md')}")
+
+
+@cli.command()
+def gpu(
+    enable: Annotated[
+        bool, typer.Option("--enable", help="Let `auto` take the kernels that agreed, here.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(help="Nothing new is timed after so long.")] = 450.0,
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/gpu.json"),
+) -> None:
+    """Every operator on this GPU: right against float64, then time and memory."""
+    import json
+
+    from vitzoo.engine.bench_gpu import run_gpu
+
+    report = run_gpu(seconds=seconds, enable=enable, say=typer.echo)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    typer.echo(f"-> {out}")

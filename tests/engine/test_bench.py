@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from vitzoo.engine import bench_cases as cases
-from vitzoo.engine import bench_models, bench_ops
+from vitzoo.engine import bench_gpu, bench_models, bench_ops
 from vitzoo.engine.bench import exponent, interleaved, ratio
 from vitzoo.engine.bench_cases import GATHERED, ODD, Case
 from vitzoo.engine.bench_checks import compare
@@ -134,3 +136,49 @@ def test_models_are_judged_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         bench_models.run_sweep(sizes=[100])
     with pytest.raises(InputError, match="unknown 'vz_none'"):
         bench_models.run_models(["vz_none"])
+
+
+def test_without_a_gpu_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("typer")
+    from vitzoo.cli import run
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(["bench", "gpu"]) == 2
+    with pytest.raises(InputError, match="needs a CUDA GPU"):
+        bench_gpu.run_gpu()
+
+
+def test_only_kernels_that_agree_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = OPERATORS["channel_attention"]
+    right = operator.backends["portable"].run
+
+    def double(q: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return right(q, *args, **kwargs) * (1.1 if q.dtype == torch.bfloat16 else 1)
+
+    monkeypatch.setitem(operator.backends, "triton", Backend("triton", double))
+    monkeypatch.setattr(bench_gpu, "ODD", {"channel": (cases.channel(63),)})
+    rows = bench_gpu.check_all("cpu", ["float32", "bfloat16"])
+    kernels = {(r["dtype"], r["direction"]): r["problem"] for r in rows if r["backend"] == "triton"}
+    assert kernels["float32", "forward"] is None
+    assert "is off by" in kernels["bfloat16", "forward"]
+    records = bench_gpu.proven_records(rows, "9.0", {"device": "none", "torch": "2"})
+    assert {(r["dtype"], r["direction"]) for r in records} == {
+        ("float32", "forward"),
+        ("float32", "backward"),
+    }
+
+
+def test_the_gpu_benchmark_loads_without_timm() -> None:
+    code = (
+        "import sys, runpy; sys.modules.update(timm=None, typer=None)\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n == 'timm' else find(n, *a)\n"
+        "import torch; torch.cuda.is_available = lambda: False\n"
+        "sys.argv = ['bench_gpu']; runpy.run_path('tools/bench_gpu.py', run_name='__main__')\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "needs a CUDA GPU" in done.stderr
