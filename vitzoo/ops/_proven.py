@@ -40,7 +40,8 @@ def user_file() -> Path:
 def kernels_digest() -> str:
     """Twelve hex digits that change with any line of the kernels' source."""
     digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / "_triton").glob("*.py")):
+    folder = Path(__file__).parent
+    for path in [*sorted((folder / "_triton").glob("*.py")), folder / "_triton_backends.py"]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

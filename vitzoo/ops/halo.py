@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._halo import Border, Pair, geometry, halo_attention_portable
+from vitzoo.ops._kernels import triton_backend
 
 
 def halo_attention_reference(
@@ -82,6 +83,7 @@ def _gather(x: Tensor, ys: Tensor, xs: Tensor, fill: Tensor | None) -> Tensor:
 HALO_ATTENTION = Operator(
     "halo_attention",
     [
+        triton_backend("halo_attention"),
         Backend("portable", halo_attention_portable),
         Backend("reference", halo_attention_reference),
     ],

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._kernels import triton_backend
 from vitzoo.ops._sides import crop, overhang, symbolic
 from vitzoo.ops.attention import attention_portable, attention_reference
 
@@ -138,6 +139,7 @@ def window_attention_portable(
 WINDOW_ATTENTION = Operator(
     "window_attention",
     [
+        triton_backend("window_attention"),
         Backend("portable", window_attention_portable),
         Backend("reference", window_attention_reference),
     ],

@@ -8,12 +8,31 @@ from typing import Any
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._kernels import triton_backend
 from vitzoo.ops.neighborhood.portable import neighborhood_attention_portable
 from vitzoo.ops.neighborhood.reference import neighborhood_attention_reference
+
+
+def _why_not_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel_size: Sequence[int],
+    bias: Tensor | None = None,
+    **_: Any,
+) -> str | None:
+    if max(kernel_size) > 25:
+        return f"its kernels take a kernel_size of at most 25, got {max(kernel_size)}."
+    if kernel_size[0] == 1 and bias is not None and bias.requires_grad:
+        return "its kernels give no gradient for the bias of a line."
+    return None
+
 
 NEIGHBORHOOD_ATTENTION = Operator(
     "neighborhood_attention",
     [
+        triton_backend("neighborhood_attention", _why_not_triton),
         Backend("portable", neighborhood_attention_portable),
         Backend("reference", neighborhood_attention_reference),
     ],

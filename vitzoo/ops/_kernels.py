@@ -1,0 +1,89 @@
+"""Entries of the `triton` backends: why one cannot serve, and its lazy call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitzoo.ops._dispatch import Backend
+from vitzoo.ops._proven import why_not_proven
+
+_WIDEST_HEAD = 128
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return _settings()[0]
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    return _settings()[1]
+
+
+@lru_cache(maxsize=1)
+def _settings() -> tuple[bool, bool]:
+    """Whether Triton is installed, and whether its interpreter is asked for (CPU, very slow)."""
+    return find_spec("triton") is not None, os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def lanes(dtype: torch.dtype) -> int:
+    """Tokens of a kernel's tile: exact float32 products need many registers."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def _dtype(q: Tensor) -> torch.dtype:
+    device = q.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+
+
+def why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """What holds for every operator: package, device, export, dtype, head_dim."""
+    if not _has_triton():
+        return "the package triton is not installed; it comes with torch's CUDA builds."
+    if q.device.type != "cuda" and not (_interpreted() and q.device.type == "cpu"):
+        return f"its kernels run on CUDA devices, the tensors are on {q.device.type}."
+    if torch.compiler.is_exporting():
+        return "an exported graph is to run without triton."
+    if _dtype(q) not in _DTYPES:
+        return f"its kernels take float32, float16 and bfloat16, got {q.dtype}."
+    if not torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}."
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > _WIDEST_HEAD:
+        return f"its kernels take a head_dim of at most {_WIDEST_HEAD}, got {widest}."
+    return None
+
+
+def triton_backend(operator: str, why_not: Callable[..., str | None] | None = None) -> Backend:
+    """The `triton` backend of an operator; `why_not` adds the operator's own limits."""
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        from vitzoo.ops import _triton_backends
+
+        return getattr(_triton_backends, operator)(*args, **kwargs)
+
+    def objection(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        reason = why_not_triton(q, k, v)
+        if reason is None and why_not is not None:
+            reason = why_not(q, k, v, *args, **kwargs)
+        return reason
+
+    def skip(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        if q.device.type != "cuda":
+            return "Triton's interpreter is for tests."
+        given = [q, *args, *kwargs.values()]
+        flat = [x for y in given for x in (y if isinstance(y, tuple) else (y,))]
+        needs_grad = torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in flat
+        )
+        return why_not_proven(operator, _dtype(q), needs_grad, q.device.index or 0)
+
+    return Backend("triton", run, objection, skip)

@@ -1,0 +1,230 @@
+"""Kernels for queries and keys that are rectangles of maps: windows, halos, neighborhoods.
+
+A map is cut into units, one rectangle of queries and one of keys each; `AXES` says for each axis:
+(side, step, q_before, k_before, reach, span, kernel, dilation, key_before). In a grid of blocks,
+unit u holds `side` queries from u * side - q_before and `span` keys from u * step - k_before; keys
+further than `reach` outside the map do not exist. With NEIGHBORS, u counts tiles of `side` members
+within the `dilation` classes, and a query attends to the `kernel` members around it.
+
+`sizes` is (heads, query rows and columns, key rows and columns, units down and across). `BIAS` is
+0 none, 1 one number per query and key of a unit, 2 a table by coordinate difference, 3 a term for
+the row and one for the column of each key.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vitzoo.ops._triton.inner import (
+    LOG2_E,
+    finish,
+    load_fill,
+    load_rows,
+    product,
+    softmax_step,
+    store_rows,
+)
+
+DENSE = tl.constexpr(1)
+TABLE = tl.constexpr(2)
+AXIAL = tl.constexpr(3)
+
+
+@triton.jit
+def query_axis(unit, length, AXIS: tl.constexpr, NEIGHBORS: tl.constexpr):
+    """First query of a unit, one past the last one of its class, the class."""
+    if NEIGHBORS:
+        remainder = unit % AXIS[7]
+        return unit // AXIS[7] * AXIS[0], (length - 1 - remainder) // AXIS[7] + 1, remainder
+    else:
+        return unit * AXIS[0] - AXIS[2], length, unit * 0
+
+
+@triton.jit
+def key_axis(unit, first, end, AXIS: tl.constexpr, NEIGHBORS: tl.constexpr):
+    """First key of a unit."""
+    if NEIGHBORS:
+        return tl.maximum(tl.minimum(first - AXIS[6] // 2, end - AXIS[5]), 0)
+    else:
+        return unit * AXIS[1] - AXIS[3]
+
+
+@triton.jit
+def meets(p_q, p_k, end, AXIS: tl.constexpr, NEIGHBORS: tl.constexpr):
+    """Whether queries p_q attend to keys p_k, along one axis."""
+    if NEIGHBORS:
+        first = tl.maximum(tl.minimum(p_q - AXIS[6] // 2, end - AXIS[6]), 0)
+        return (p_k >= first) & (p_k < first + AXIS[6])
+    else:
+        # The row of the key in the unit of the query.
+        j = p_k - ((p_q + AXIS[2]) // AXIS[0] * AXIS[1] - AXIS[3])
+        return (j >= 0) & (j < AXIS[5])
+
+
+@triton.jit
+def offsets(image, y, x, head, strides):
+    """Offsets of rows in a map, in 64 bits: a batch of large maps passes 2^31 numbers."""
+    base = image.to(tl.int64) * strides[0] + head * strides[3]
+    return base + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def row_numbers(image, y, x, head, heads, H, W):
+    """Row numbers in a contiguous (B, H, W, heads) tensor, in 64 bits."""
+    return ((image.to(tl.int64) * H + y) * W + x) * heads + head
+
+
+@triton.jit
+def split_program(pid, sizes, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, SUB: tl.constexpr):
+    """Head, image, unit (row, column) and first row and column of the tile in its unit."""
+    across: tl.constexpr = (SIDE_X + SUB[1] - 1) // SUB[1]
+    down: tl.constexpr = (SIDE_Y + SUB[0] - 1) // SUB[0]
+    head = pid % sizes[0]
+    pid = pid // sizes[0]
+    sub = pid % (across * down)
+    pid = pid // (across * down)
+    unit_x = pid % sizes[6]
+    pid = pid // sizes[6]
+    sub_y, sub_x = sub // across * SUB[0], sub % across * SUB[1]
+    return head, pid // sizes[5], pid % sizes[5], unit_x, sub_y, sub_x
+
+
+@triton.jit
+def logits_of(
+    q, k, bias, bias_strides, terms, head, at_q, at_k, unit_q, unit_k, ends, exists, scale,
+    AXES: tl.constexpr, NEIGHBORS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Logits in base 2 of queries (rows) against keys; -inf for pairs that do not meet.
+
+    at_q, at_k are (rows, columns) of members; unit_q, unit_k numbers inside the unit, for a dense
+    bias; terms the (row, column) terms of an axial bias, spread over the pairs.
+    """
+    logits = product(q, tl.trans(k)) * (scale * LOG2_E)
+    met = exists & meets(at_q[0][:, None], at_k[0][None, :], ends[0], AXES[0], NEIGHBORS)
+    met = met & meets(at_q[1][:, None], at_k[1][None, :], ends[1], AXES[1], NEIGHBORS)
+    if BIAS == DENSE:
+        at = unit_q[:, None] * bias_strides[1] + unit_k[None, :] * bias_strides[2]
+        found = tl.load(bias + head * bias_strides[0] + at, mask=met, other=0.0)
+        logits += found.to(tl.float32) * LOG2_E
+    if BIAS == TABLE:
+        y = at_k[0][None, :] - at_q[0][:, None] + AXES[0][6] - 1
+        x = at_k[1][None, :] - at_q[1][:, None] + AXES[1][6] - 1
+        at = (head * (2 * AXES[0][6] - 1) + y) * (2 * AXES[1][6] - 1) + x
+        found = tl.load(bias + at, mask=met, other=0.0)
+        logits += found.to(tl.float32) * LOG2_E
+    if BIAS == AXIAL:
+        logits += (terms[0] + terms[1]) * LOG2_E
+    return tl.where(met, logits, float("-inf"))
+
+
+@triton.jit
+def query_tile(
+    unit_y, unit_x, sub_y, sub_x, sizes,
+    AXES: tl.constexpr, SUB: tl.constexpr, NEIGHBORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The queries of one tile of a unit.
+
+    Returns:
+        (first keys), (members), (map positions), valid, number inside the unit, (ends), (classes).
+    """
+    first_y, end_y, class_y = query_axis(unit_y, sizes[1], AXES[0], NEIGHBORS)
+    first_x, end_x, class_x = query_axis(unit_x, sizes[2], AXES[1], NEIGHBORS)
+    lanes = tl.arange(0, BLOCK)
+    i_y = sub_y + lanes // SUB[1]
+    i_x = sub_x + lanes % SUB[1]
+    y, x = first_y + i_y, first_x + i_x
+    valid = (lanes < SUB[0] * SUB[1]) & (i_y < AXES[0][0]) & (i_x < AXES[1][0])
+    valid = valid & (y >= 0) & (y < end_y) & (x >= 0) & (x < end_x)
+    keys_y = key_axis(unit_y, first_y, end_y, AXES[0], NEIGHBORS)
+    keys_x = key_axis(unit_x, first_x, end_x, AXES[1], NEIGHBORS)
+    at = (class_y + y * AXES[0][7], class_x + x * AXES[1][7])
+    inside = i_y * AXES[1][0] + i_x
+    return (keys_y, keys_x), (y, x), at, valid, inside, (end_y, end_x), (class_y, class_x)
+
+
+@triton.jit
+def key_chunk(
+    start, firsts, ends, classes, sizes,
+    AXES: tl.constexpr, PITCH: tl.constexpr, NEIGHBORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys `start` to `start + BLOCK` of a unit whose rows are PITCH apart.
+
+    Returns:
+        (rows, columns) in the unit, (members), (map positions), exists, inside the map.
+    """
+    lanes = start + tl.arange(0, BLOCK)
+    j_y, j_x = lanes // PITCH, lanes % PITCH
+    y, x = firsts[0] + j_y, firsts[1] + j_x
+    within = (j_y < AXES[0][5]) & (j_x < AXES[1][5])
+    if NEIGHBORS:
+        inside = within & (y < ends[0]) & (x < ends[1])
+        exists = inside
+    else:
+        inside = within & (y >= 0) & (y < sizes[3]) & (x >= 0) & (x < sizes[4])
+        exists = within & (y >= -AXES[0][4]) & (y < sizes[3] + AXES[0][4])
+        exists = exists & (x >= -AXES[1][4]) & (x < sizes[4] + AXES[1][4])
+    at = (classes[0] + y * AXES[0][7], classes[1] + x * AXES[1][7])
+    return (j_y, j_x), (y, x), at, exists, inside
+
+
+@triton.jit
+def spread_terms(rows, columns, j, BLOCK_W: tl.constexpr):
+    """Axial terms (queries, window) at rows j[0] and columns j[1]: products with 0 and 1."""
+    lanes = tl.arange(0, BLOCK_W)
+    y = product(rows, (lanes[:, None] == j[0][None, :]).to(rows.dtype))
+    x = product(columns, (lanes[:, None] == j[1][None, :]).to(columns.dtype))
+    return y, x
+
+
+@triton.jit
+def forward(
+    pointers, bias_strides, q_strides, k_strides, v_strides, sizes, scale,
+    AXES: tl.constexpr, SUB: tl.constexpr, PITCH: tl.constexpr, NEIGHBORS: tl.constexpr,
+    BIAS: tl.constexpr, FILL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries over all keys of its unit."""
+    q_map, k_map, v_map, bias, rows_map, columns_map, k_fill, v_fill, out_map, lse_map = pointers
+    head, image, unit_y, unit_x, sub_y, sub_x = split_program(
+        tl.program_id(0), sizes, AXES[0][0], AXES[1][0], SUB
+    )
+    firsts, members, at, valid, unit_q, ends, classes = query_tile(
+        unit_y, unit_x, sub_y, sub_x, sizes, AXES, SUB, NEIGHBORS, BLOCK_M
+    )
+    q = load_rows(q_map, offsets(image, at[0], at[1], head, q_strides), valid, D, BLOCK_D)
+    numbers = row_numbers(image, at[0], at[1], head, sizes[0], sizes[1], sizes[2])
+    terms = (0.0, 0.0)
+    if BIAS == AXIAL:
+        rows = load_rows(rows_map, numbers * AXES[0][5], valid, AXES[0][5], BLOCK_W)
+        columns = load_rows(columns_map, numbers * AXES[1][5], valid, AXES[1][5], BLOCK_W)
+    if FILL:
+        k_constant = load_fill(k_fill, head, D, BLOCK_D)
+        v_constant = load_fill(v_fill, head, DV, BLOCK_DV)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for start in range(0, AXES[0][5] * PITCH, BLOCK_N):
+        j, member, place, exists, inside = key_chunk(
+            start, firsts, ends, classes, sizes, AXES, PITCH, NEIGHBORS, BLOCK_N
+        )
+        k = load_rows(
+            k_map, offsets(image, place[0], place[1], head, k_strides), inside, D, BLOCK_D
+        )
+        v = load_rows(
+            v_map, offsets(image, place[0], place[1], head, v_strides), inside, DV, BLOCK_DV
+        )
+        if FILL:
+            k = tl.where(inside[:, None], k, k_constant[None, :])
+            v = tl.where((exists & (inside == 0))[:, None], v_constant[None, :], v)
+        if BIAS == AXIAL:
+            terms = spread_terms(rows, columns, j, BLOCK_W)
+        logits = logits_of(
+            q, k, bias, bias_strides, terms, head, members, member, unit_q,
+            j[0] * AXES[1][5] + j[1], ends, exists[None, :], scale, AXES, NEIGHBORS, BIAS,
+        )  # fmt: skip
+        total, top, out = softmax_step(logits, v, total, top, out)
+    out, lse = finish(total, top, out)
+    store_rows(out_map, numbers * DV, valid, out, DV, BLOCK_DV)
+    tl.store(lse_map + numbers, lse, mask=valid)

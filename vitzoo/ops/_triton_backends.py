@@ -1,0 +1,125 @@
+"""The operators' `triton` backends: arguments of `vitzoo.ops` in, kernels' arguments out.
+
+Beside the kernels' folder and not in it: torch.compile does not trace into files below `_triton`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitzoo.ops._kernels import lanes
+from vitzoo.ops._triton.library import rectangles
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _prepare(*maps: Tensor) -> list[Tensor]:
+    """Cast under autocast, as torch casts for its own attention; head_dim contiguous."""
+    device = maps[0].device.type
+    if torch.is_autocast_enabled(device):
+        maps = tuple(x.to(torch.get_autocast_dtype(device)) for x in maps)
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in maps]
+
+
+def _constants(fill: Pair | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if fill is None:
+        return None, None
+    return fill[0].to(like.dtype).contiguous(), fill[1].to(like.dtype).contiguous()
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window_size: int,
+    shift: int = 0,
+    bias: Tensor | None = None,
+    fill: Pair | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`vitzoo.ops.window_attention`; with `return_lse` also the log-sum-exp (B, H, W, heads)."""
+    q, k, v = _prepare(q, k, v)
+    before = (window_size - shift) % window_size
+    # Every position of a partial window exists where it holds a constant.
+    reach = 0 if fill is None else window_size
+    axis = [window_size, window_size, before, before, reach, window_size, 1, 1, before]
+    if bias is not None:
+        tokens = window_size**2
+        bias = bias.expand(q.shape[3], tokens, tokens)
+    out, lse = rectangles(
+        q, k, v, bias, None, None, *_constants(fill, k), [*axis, *axis], False, _scale(q, scale)
+    )
+    return (out, lse) if return_lse else out
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int] = (1, 1),
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`vitzoo.ops.neighborhood_attention` on maps; with `return_lse` also the log-sum-exp."""
+    q, k, v = _prepare(q, k, v)
+    most = lanes(q.dtype)
+    sides = (1, most) if kernel_size[0] == 1 else (8, most // 8)
+    axes: list[int] = []
+    for side, kernel, step in zip(sides, kernel_size, dilation, strict=True):
+        axes += [side, side, 0, 0, 0, side + kernel - 1, kernel, step, 0]
+    if bias is not None:
+        bias = bias.contiguous()
+    out, lse = rectangles(q, k, v, bias, None, None, None, None, axes, True, _scale(q, scale))
+    return (out, lse) if return_lse else out
+
+
+def halo_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    halo_size: int,
+    stride: int = 1,
+    axial_bias: Pair | None = None,
+    border: str = "zero",
+    fill: Pair | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`vitzoo.ops.halo_attention`; with `return_lse` also the log-sum-exp."""
+    q, k, v = _prepare(q, k, v)
+    window, side = block_size + 2 * halo_size, block_size // stride
+    reach = 0 if border == "mask" else halo_size
+    axis = [side, block_size, 0, halo_size, reach, window, 1, 1, 0]
+    rows = columns = None
+    if axial_bias is not None:
+        rows = _terms(q, axial_bias[0].to(q.dtype), window, side, across=False)
+        columns = _terms(q, axial_bias[1].to(q.dtype), window, side, across=True)
+    out, lse = rectangles(
+        q, k, v, None, rows, columns, *_constants(fill, k), [*axis, *axis], False, _scale(q, scale)
+    )
+    return (out, lse) if return_lse else out
+
+
+def _terms(q: Tensor, table: Tensor, window: int, side: int, *, across: bool) -> Tensor:
+    """q . table[window - 1 + key - query], (B, H, W, heads, window), keys of the query's window."""
+    length = q.shape[2] if across else q.shape[1]
+    query = torch.arange(length, device=q.device) % side
+    key = torch.arange(window, device=q.device)
+    at = window - 1 + key - query[:, None]
+    products = q @ table.t()
+    at = at[None, None, :, None] if across else at[None, :, None, None]
+    return products.gather(-1, at.expand(*q.shape[:4], window)).contiguous()
