@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-all checks-table proof check bench cards
+.PHONY: setup demo test test-all checks-table proof check bench cards explorer
 
 setup: .setup-done
 
@@ -46,3 +46,6 @@ proof: setup
 
 cards: setup
 	$(BIN)/python tools/cards.py
+
+explorer: setup
+	$(BIN)/python tools/explorer.py

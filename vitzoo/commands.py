@@ -131,6 +131,48 @@ def export(
     return 0 if made.agrees else 1
 
 
+@cli.command()
+def look(
+    image: Annotated[str, typer.Argument(help="An image file.")],
+    values: Overrides = None,
+    model: Annotated[str, typer.Option(help="A run, a weights file, or a model's name.")] = "",
+    query: Annotated[
+        str | None, typer.Option(help="y,x in pixels of the model's input; its middle if absent.")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Number, or a part of the name.")] = None,
+    head: Annotated[int | None, typer.Option(help="One head; else the mean of all.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Figures of all layers instead: JSON and a plot.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Default look.png, or look.json.")] = None,
+) -> None:
+    """Draw which keys a query attends to, or profile all heads."""
+    from vitzoo.engine import look as looking
+    from vitzoo.engine.report import console
+
+    if not model:
+        raise InputError("look needs --model NAME")
+    if profile:
+        target = output or Path("look.json")
+        lines = looking.profile(image, model, values or [], output=target)
+        console().print(f"{len(lines)} layers -> {target}, {target.with_suffix('.png')}")
+        return
+    at = None
+    if query is not None:
+        parts = query.split(",")
+        if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+            raise InputError(f"--query takes y,x in pixels, not {query!r}")
+        at = (int(parts[0]), int(parts[1]))
+    target = output or Path("look.png")
+    seen = looking.look(image, model, values or [], query=at, layer=layer, head=head, output=target)
+    away = 100 * seen.elsewhere.mean().item()
+    console().print(
+        f"{seen.layer}, query {seen.query} of {seen.query_grid}: "
+        f"{int((seen.weights.amax(0) > 0).sum())} keys, {away:.1f} % off the map -> {target}",
+        markup=False,
+    )
+
+
 @cli.command(name="list")
 def list_command(
     family: Annotated[str | None, typer.Argument(help="Only this family.")] = None,

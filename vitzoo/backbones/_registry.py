@@ -35,7 +35,8 @@ class ModelInfo:
             where the first map's side is still rounded up; `all down` rounds that down, too.
         fixed_input_size: the model takes `input_size` only.
         choices: a discrete choice inside (top-k), which rounding can flip; None if there is none.
-        limits: what cannot hold for this model -> why, e.g. `any_size`.
+        limits: what cannot hold for this model -> why, e.g. `any_size`, or `dynamic_size`
+            for one exported graph that takes any height and width.
     """
 
     name: str

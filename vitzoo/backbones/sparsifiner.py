@@ -622,6 +622,10 @@ _ONLY_GETTER = (
     "also the default of timm's ViT)."
 )
 
+_ONE_GRAPH_PER_SIZE = (
+    "How many keys a query keeps follows from the number of tokens and is a number in the traced "
+    "graph. Export one graph per size."
+)
 for _name, _variant in VARIANTS.items():
     register(
         ModelInfo(
@@ -635,7 +639,12 @@ for _name, _variant in VARIANTS.items():
             code="https://github.com/lim142857/Sparsifiner",
             code_licence="MIT",
             choices="top-k",
-            limits=MappingProxyType(dict.fromkeys(_OTHER_WRAPPERS, _ONLY_GETTER)),
+            limits=MappingProxyType(
+                {
+                    **dict.fromkeys(_OTHER_WRAPPERS, _ONLY_GETTER),
+                    "dynamic_size": _ONE_GRAPH_PER_SIZE,
+                }
+            ),
         ),
         _build,
         module=__name__,

@@ -180,7 +180,7 @@ def trace(
     if "size" in dynamic:
         # Two sides, and no multiple of anything: equal ones would be taken for one symbol.
         height, width = height + 1, width + 33
-    x = torch.randn(2 if dynamic else 1, channels, height, width, dtype=dtype)
+    x = torch.randn(2 if "batch" in dynamic else 1, channels, height, width, dtype=dtype)
     free: dict[int, Any] = {0: torch.export.Dim.DYNAMIC} if "batch" in dynamic else {}
     if "size" in dynamic:
         free |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
@@ -227,7 +227,7 @@ def _check_limits(source: Source, dynamic: Sequence[str]) -> None:
 def fresh_inputs(shape: Sequence[int], dynamic: Sequence[str]) -> list[Tensor]:
     """Random images of other batches and sizes than the traced one, as far as they are open."""
     channels, height, width = shape
-    batches = (1, 3) if "batch" in dynamic else (1 if not dynamic else 2,)
+    batches = (1, 3) if "batch" in dynamic else (1,)
     sizes = [(height, width)] if "size" not in dynamic else list(_OTHER_SIZES)
     made = torch.Generator().manual_seed(7)
     return [

@@ -28,6 +28,8 @@ _forced: dict[str, str] = {}
 # torch.compile traces would break the graph.
 _environment: dict[str, str] | None = None
 _reported: set[tuple[str, str]] = set()
+Listener = Callable[["Operator", tuple[Any, ...], dict[str, Any], Tensor], None]
+_listener: Listener | None = None
 
 
 def _no_objection(*args: Any, **kwargs: Any) -> str | None:
@@ -62,7 +64,10 @@ class Operator:
 
     def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Tensor:
         """Run the operator; `backend` forces an implementation by name."""
-        return self.select(*args, backend=backend, **kwargs).run(*args, **kwargs)
+        out = self.select(*args, backend=backend, **kwargs).run(*args, **kwargs)
+        if _listener is not None:
+            _listener(self, args, kwargs, out)
+        return out
 
     def select(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Backend:
         """The backend that would serve this call.
@@ -159,3 +164,14 @@ def use_backend(name: str, *, operator: str | None = None) -> Iterator[None]:
             del _forced[key]
         else:
             _forced[key] = before
+
+
+@contextmanager
+def listen(listener: Listener) -> Iterator[None]:
+    """Call `listener(operator, args, kwargs, out)` after every operator call inside the block."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
