@@ -33,15 +33,15 @@ def topk_mask_numpy(scores: Tensor, k: int) -> Tensor:
     """The portable definition with numpy's partition, which is vectorised where torch's is not."""
     rows = scores.detach().float().contiguous().view(-1, scores.shape[-1])
     mask = torch.empty(rows.shape, dtype=torch.bool)
-    # A task's share of the scores stays in a core's cache; numpy lets go of the lock meanwhile.
-    parts, outs = rows.split(_TASK_ROWS), mask.split(_TASK_ROWS)
-    threads = min(len(parts), torch.get_num_threads())
-    run = map if threads < 2 else _pool(os.getpid(), threads).map
+    threads = torch.get_num_threads() if rows.numel() > _WORTH_THREADS else 1
+    # One part each: every call into numpy hands the interpreter's lock over, which is slow.
+    parts, outs = rows.chunk(threads), mask.chunk(threads)
+    run = map if len(parts) < 2 else _pool(os.getpid(), threads).map
     list(run(_mark_largest, parts, outs, itertools.repeat(k)))
     return mask.view(scores.shape)
 
 
-_TASK_ROWS = 1024
+_WORTH_THREADS = 1 << 20
 
 
 @functools.cache
