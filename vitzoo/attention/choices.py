@@ -16,18 +16,13 @@ _recorded: list[Tensor] | None = None
 _replayed: Iterator[Tensor] | None = None
 
 
-def choices_are_watched() -> bool:
-    """Whether choices are being recorded or replayed."""
-    return _recorded is not None or _replayed is not None
-
-
 def make_choice(choose: Callable[[], Tensor]) -> Tensor:
     """The tensor that `choose` returns, or the one to replay; recorded where somebody listens.
 
     Args:
         choose: makes the choice (indices or a mask) from the layer's scores, without gradient.
     """
-    if not choices_are_watched():
+    if _recorded is None and _replayed is None:
         return choose()
     chosen = choose()
     if _replayed is not None:

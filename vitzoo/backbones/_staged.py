@@ -10,8 +10,6 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vitzoo.attention.parts import PartedSequential
-
 
 class Stage(nn.Module):
     """A downsampler and its blocks.
@@ -24,7 +22,7 @@ class Stage(nn.Module):
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = downsample
-        self.blocks = PartedSequential(*blocks)
+        self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
