@@ -11,6 +11,7 @@ from vitzoo import ops
 from vitzoo.backbones import ModelInfo, info, list_models
 from vitzoo.heads.detection import build_detector
 from vitzoo.heads.detection3d import build_detector3d
+from vitzoo.heads.segmentation import build_segmenter
 
 if TYPE_CHECKING:
     from vitzoo.tasks import Prediction
@@ -21,6 +22,7 @@ __all__ = [
     "build_classifier",
     "build_detector",
     "build_detector3d",
+    "build_segmenter",
     "info",
     "list_models",
     "ops",

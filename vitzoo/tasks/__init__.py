@@ -33,6 +33,7 @@ TASKS = {
     "classification": "vitzoo.tasks.classification:ClassificationTask",
     "detection": "vitzoo.tasks.detection.task:DetectionTask",
     "detection3d": "vitzoo.tasks.detection3d.task:Detection3DTask",
+    "segmentation": "vitzoo.tasks.segmentation.task:SegmentationTask",
     "sparsifiner": "vitzoo.tasks.sparsifiner:SparsifinerTask",
 }
 

@@ -1,0 +1,1 @@
+"""Semantic segmentation: images and masks, training, whole and sliding inference, mIoU."""
