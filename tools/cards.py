@@ -1,5 +1,6 @@
 """Write MODEL_CARDS.md; with --check, fail if it is stale."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,12 +8,15 @@ import vitzoo
 from vitzoo.zoo.cards import render
 from vitzoo.zoo.published import all_entries
 
-TARGET = Path(__file__).parents[1] / "MODEL_CARDS.md"
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "MODEL_CARDS.md"
+SPEED = ROOT / "benchmarks" / "models.json"
 
 
 def cards() -> str:
     """The cards of all registered models."""
-    return render([vitzoo.info(name) for name in vitzoo.list_models()], all_entries())
+    speed = json.loads(SPEED.read_text()) if SPEED.exists() else None
+    return render([vitzoo.info(name) for name in vitzoo.list_models()], all_entries(), speed)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from vitzoo import commands_bench
+from vitzoo.commands_weights import cli as weights
 from vitzoo.errors import InputError
 
 cli = typer.Typer(
@@ -18,6 +19,7 @@ cli = typer.Typer(
 )
 
 cli.add_typer(commands_bench.cli, name="bench")
+cli.add_typer(weights, name="weights")
 
 Overrides = Annotated[
     list[str] | None,

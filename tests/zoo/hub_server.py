@@ -7,7 +7,9 @@ Enough of the hub's protocol for the real client: HEAD and GET of
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import threading
 import time
 from collections import defaultdict
@@ -27,6 +29,8 @@ class Hub:
         cut_once: path -> bytes after which the connection is dropped, the first time.
         fail_once: path -> status code of the first GET.
         slow: path -> seconds between chunks of 64 KiB.
+        large: sha256 -> content that was sent through LFS.
+        posts: paths that were posted to.
         ranges: path -> Range headers seen; None for a whole request.
     """
 
@@ -36,6 +40,8 @@ class Hub:
     fail_once: dict[str, int] = field(default_factory=dict)
     slow: dict[str, float] = field(default_factory=dict)
     web_pages: set[str] = field(default_factory=set)
+    large: dict[str, bytes] = field(default_factory=dict)
+    posts: list[str] = field(default_factory=list)
     ranges: dict[str, list[str | None]] = field(default_factory=lambda: defaultdict(list))
 
     def __enter__(self) -> Hub:
@@ -85,6 +91,60 @@ class _Handler(BaseHTTPRequestHandler):
             self._plain(404, "EntryNotFound" if known else "RepoNotFound")
             return
         self._send(path, content, body=body)
+
+    def do_POST(self) -> None:
+        """Making a repository and committing files to it, large ones through LFS."""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = self.path.partition("?")[0]
+        self.state.posts.append(path)
+        if path == "/api/repos/create":
+            name = json.loads(body)
+            repo = "/".join(filter(None, (name.get("organization"), name["name"])))
+            self._json({"url": f"{self.state.address}/{repo}", "name": repo})
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif "/preupload/" in path:
+            files = [file["path"] for file in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in files}
+            answer = [
+                {"path": name, "uploadMode": mode, "shouldIgnore": False}
+                for name, mode in modes.items()
+            ]
+            self._json({"files": answer})
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for one in objects:
+                href = f"{self.state.address}/lfs/{one['oid']}"
+                one["actions"] = {"upload": {"href": href, "header": {}}}
+            self._json({"transfer": "basic", "objects": objects})
+        elif "/commit/" in path:
+            self._commit("/".join(path.split("/")[3:5]), body)
+        else:
+            self._plain(404)
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.state.large[hashlib.sha256(body).hexdigest()] = body
+        self._plain(200)
+
+    def _commit(self, repo: str, body: bytes) -> None:
+        for line in filter(None, body.splitlines()):
+            step = json.loads(line)
+            value = step["value"]
+            if step["key"] == "file":
+                self.state.files[f"{repo}/{value['path']}"] = base64.b64decode(value["content"])
+            elif step["key"] == "lfsFile":
+                self.state.files[f"{repo}/{value['path']}"] = self.state.large[value["oid"]]
+        address = f"{self.state.address}/{repo}/commit/{COMMIT}"
+        self._json({"success": True, "commitOid": COMMIT, "commitUrl": address})
+
+    def _json(self, answer: dict) -> None:
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def _plain(self, status: int, code: str | None = None) -> None:
         self.send_response(status)

@@ -13,7 +13,10 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from vitzoo.zoo.errors import WeightsError
+from vitzoo.zoo.formats import unwrap
 from vitzoo.zoo.resolve import local_overlay
+
+__all__ = ["StateDict", "build_backbone", "name_mismatch", "rename", "unwrap"]
 
 StateDict = dict[str, Tensor]
 
@@ -116,27 +119,6 @@ def _nearest(names: list[str], candidates: list[str], most: int = 3) -> str:
         near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.7)
         shown.append(f"{name}, nearest {near[0]}" if near else name)
     return "; ".join(shown) + (", ..." if len(names) > most else "")
-
-
-def unwrap(state_dict: dict[str, Any]) -> StateDict:
-    """The weights inside the wrappers that trainers write around them.
-
-    Handles `state_dict_ema`, `state_dict`, `model_ema` and `model` entries, and the prefixes
-    `module.` and `backbone.` of distributed, detection and segmentation checkpoints.
-    """
-    for key in ("state_dict_ema", "state_dict", "model_ema", "model"):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-            break
-    for prefix in ("module.", "backbone."):
-        if any(name.startswith(prefix) for name in state_dict):
-            # Detectors and segmenters also hold neck and head: only the backbone is ours.
-            state_dict = {
-                name.removeprefix(prefix): value
-                for name, value in state_dict.items()
-                if name.startswith(prefix) or prefix == "module."
-            }
-    return state_dict
 
 
 def rename(state_dict: StateDict, rules: Iterable[tuple[str, str]]) -> StateDict:

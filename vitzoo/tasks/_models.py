@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import group_parameters, load_state_dict
+from timm.models import group_parameters
 from torch import nn
 
 from vitzoo.backbones import list_models
-from vitzoo.backbones._build import unwrap
 from vitzoo.errors import InputError
-from vitzoo.zoo.files import check_weights
+from vitzoo.zoo import formats
 
 
 @dataclass(kw_only=True)
@@ -126,13 +125,8 @@ def classes_in(path: Path, name: str) -> int | None:
     Raises:
         InputError: no such file, or not one of plain tensors.
     """
-    check_weights(path)
-    weights = unwrap(load_state_dict(str(path), device="cpu", weights_only=True))
     config = timm.get_pretrained_cfg(name)
-    classifier = config.classifier if config else None
-    first = classifier[0] if isinstance(classifier, list | tuple) else classifier
-    head = weights.get(f"{first}.weight")
-    return None if head is None else len(head)
+    return formats.classes_in(formats.read_weights(path), config.classifier if config else None)
 
 
 def refused_pickle(path: str) -> InputError:

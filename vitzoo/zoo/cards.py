@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vitzoo.zoo.entries import WeightEntry
+from vitzoo.zoo.files import digits_in_name
 
 HEAD = """# Model cards
 
 Made by `make cards` from the models' records (`vitzoo.info`) and the weights table
 (`vitzoo/zoo/entries/`); do not edit. Accuracy under *published* is what the origin of the weights
 states. Nothing has been measured here on the data sets that the weights were trained for, so there
-is no column for it yet; measured speed is in `benchmarks/models.md`.
+is nothing in the column *measured here* yet. Numbers of one column come from one place.
+
+*Checked against* says what a file's content is compared with after the download and when it is
+first opened from the cache: a sha256 (of this table, or published by the hub), its first digits in
+the file's name, or, where nothing is published, the hash of the first download, recorded then.
 """
 
 FAMILIES = {
@@ -62,12 +67,15 @@ FAMILIES = {
 }
 
 
-def render(records: Sequence[Any], entries: Iterable[WeightEntry]) -> str:
+def render(
+    records: Sequence[Any], entries: Iterable[WeightEntry], speed: Mapping[str, Any] | None = None
+) -> str:
     """The cards as Markdown.
 
     Args:
         records: `ModelInfo` of every model, in the order of registration.
         entries: the whole weights table.
+        speed: content of `benchmarks/models.json`, if it is there.
     """
     entries = list(entries)
     families = list(dict.fromkeys(record.family for record in records))
@@ -76,11 +84,16 @@ def render(records: Sequence[Any], entries: Iterable[WeightEntry]) -> str:
         mine = [record for record in records if record.family == family]
         names = {record.name for record in mine}
         weights = [entry for entry in entries if entry.model in names]
-        parts.append(_card(family, mine, weights))
+        parts.append(_card(family, mine, weights, speed or {}))
     return "\n".join(parts)
 
 
-def _card(family: str, records: Sequence[Any], weights: Sequence[WeightEntry]) -> str:
+def _card(
+    family: str,
+    records: Sequence[Any],
+    weights: Sequence[WeightEntry],
+    speed: Mapping[str, Any],
+) -> str:
     title, text = FAMILIES[family]
     first = records[0]
     lines = [
@@ -96,7 +109,9 @@ def _card(family: str, records: Sequence[Any], weights: Sequence[WeightEntry]) -
         *(_variant(record) for record in records),
         "",
         *_limits(records),
+        *_measured(records, speed),
         *_weights(weights),
+        *_citation(records),
     ]
     return "\n".join(lines)
 
@@ -123,16 +138,63 @@ def _limits(records: Sequence[Any]) -> list[str]:
     return ["Limits:", "", *reasons, ""] if reasons else []
 
 
+def _checked_against(entry: WeightEntry) -> str:
+    if not entry.sources:
+        return ""
+    if entry.sha256:
+        return "sha256 of this table"
+    if entry.sources[0].startswith("hf-hub:"):
+        return "sha256 of the hub"
+    if digits_in_name(entry.sources[0].rpartition("/")[2]):
+        return "digits in the file's name"
+    return "first download's hash"
+
+
+def _measured(records: Sequence[Any], speed: Mapping[str, Any]) -> list[str]:
+    """Times that `benchmarks/models.py` measured for these models, against what."""
+    names = {record.name for record in records}
+    rows = [row for row in speed.get("results", ()) if row.get("model") in names]
+    if not rows:
+        return ["Speed and memory: not measured yet.", ""]
+    machine = speed["machine"]
+    lines = [
+        f"Measured on {machine['processor']}, torch {machine['torch']}, {machine['date']} "
+        "(`benchmarks/models.json`); the ratio is the baseline's time over the model's:",
+        "",
+        "| model | baseline | precision | size | batch | threads | ms | baseline ms | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row.get(key, "") for key in ("model", "baseline", "dtype", "size", "batch")]
+        cells += [row.get("threads", "")]
+        cells += [_number(row.get(key), 1) for key in ("model_ms", "baseline_ms")]
+        cells += [_number(row.get("ratio"), 2)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, ""]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _citation(records: Sequence[Any]) -> list[str]:
+    papers = dict.fromkeys(record.paper for record in records)
+    cited = ", ".join(f"[arXiv:{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
+    return [f"Please cite {cited}.", ""]
+
+
 def _weights(weights: Sequence[WeightEntry]) -> list[str]:
     if not weights:
         return ["No weights are known.", ""]
     lines = [
-        "| weights | task | data | licence | state of the source | published |",
-        "|---|---|---|---|---|---|",
+        "| weights | task | data | licence | state of the source | checked against | published "
+        "| measured here |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for entry in weights:
         published = ", ".join(f"{name} {value:g}" for name, value in entry.published)
         licence = entry.licence or "not stated"
-        cells = [f"`{entry.name}`", entry.task, entry.dataset, licence, entry.state, published]
+        cells = [f"`{entry.name}`", entry.task, entry.dataset, licence, entry.state]
+        cells += [_checked_against(entry), published, "not measured"]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]

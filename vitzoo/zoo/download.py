@@ -23,7 +23,7 @@ from typing import IO, Any, TypeVar
 from vitzoo._paths import cache_folder, write_atomically
 from vitzoo.zoo.entries import WeightEntry
 from vitzoo.zoo.errors import CorruptFileError, WeightsError
-from vitzoo.zoo.files import logger, verify
+from vitzoo.zoo.files import digits_in_name, logger, verify
 
 TRIES = 4
 BACK_OFF_S = 0.5
@@ -96,6 +96,37 @@ def fetch_source(
         raise
 
 
+def cached(entry: WeightEntry, *, cache_dir: str | Path | None = None) -> Path | None:
+    """The verified file of an entry if one of its sources is in the cache; asks no server.
+
+    Raises:
+        CorruptFileError: it was there with wrong content, and has been removed.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    for i, source in enumerate(entry.sources):
+        expected = entry.sha256 if i == 0 else None
+        if source.startswith("hf-hub:"):
+            repo, wanted, revision = _hub_parts(source)
+            for filename in wanted:
+                found = try_to_load_from_cache(repo, filename, cache_dir, revision)
+                if isinstance(found, str):
+                    path = Path(found)
+                    verify(path, expected or _published_hash(path), where_from=source)
+                    return path
+        elif (target := _target_of(source, cache_dir)).is_file():
+            verify(target, expected or digits_in_name(target.name), where_from=source)
+            return target
+    return None
+
+
+def _hub_parts(source: str) -> tuple[str, tuple[str, ...], str | None]:
+    """(repository, file names to try, revision) of `hf-hub:ORG/NAME[/FILE][@REVISION]`."""
+    name, _, revision = source.removeprefix("hf-hub:").partition("@")
+    wanted = "/".join(name.split("/")[2:])
+    return "/".join(name.split("/")[:2]), (wanted,) if wanted else WEIGHT_FILES, revision or None
+
+
 def _patiently(attempt: Callable[[], T]) -> T:
     """Repeat what may pass, with a growing pause."""
     for i in range(TRIES):
@@ -119,13 +150,11 @@ def _from_hub(source: str, sha256: str | None, cache_dir: str | Path | None) -> 
         RepositoryNotFoundError,
     )
 
-    name, _, revision = source.removeprefix("hf-hub:").partition("@")
-    repo = "/".join(name.split("/")[:2])
-    wanted = "/".join(name.split("/")[2:])
+    repo, wanted, revision = _hub_parts(source)
     missing: Exception | None = None
-    for filename in (wanted,) if wanted else WEIGHT_FILES:
+    for filename in wanted:
         try:
-            found = hf_hub_download(repo, filename, revision=revision or None, cache_dir=cache_dir)
+            found = hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir)
         except LocalEntryNotFoundError as error:
             if _offline():
                 missing = error
@@ -155,7 +184,7 @@ def _from_hub(source: str, sha256: str | None, cache_dir: str | Path | None) -> 
             f"{repo} is not in the cache and HF_HUB_OFFLINE is set. Run once online, or give a "
             "local file."
         ) from missing
-    raise WeightsError(f"{repo} has neither {' nor '.join(WEIGHT_FILES)}") from missing
+    raise WeightsError(f"{repo} has no {' and no '.join(wanted)}") from missing
 
 
 def _published_hash(path: Path) -> str | None:
@@ -176,8 +205,7 @@ def _from_url(source: str, sha256: str | None, cache_dir: str | Path | None) -> 
     address = urllib.parse.urlparse(source)
     if address.scheme not in ("http", "https"):
         raise WeightsError(f"{source} is neither an http(s) address nor hf-hub:ORG/NAME")
-    folder = Path(cache_dir or cache_folder("weights")) / (address.hostname or "")
-    target = folder / address.path.strip("/").replace("/", "--")
+    target = _target_of(source, cache_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():
@@ -187,8 +215,14 @@ def _from_url(source: str, sha256: str | None, cache_dir: str | Path | None) -> 
                     "give a file."
                 )
             _download(source, target)
-        verify(target, sha256, where_from=source)
+        verify(target, sha256 or digits_in_name(target.name), where_from=source)
     return target
+
+
+def _target_of(source: str, cache_dir: str | Path | None) -> Path:
+    address = urllib.parse.urlparse(source)
+    folder = Path(cache_dir or cache_folder("weights")) / (address.hostname or "")
+    return folder / address.path.strip("/").replace("/", "--")
 
 
 def _download(source: str, target: Path) -> None:

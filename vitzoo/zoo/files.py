@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -31,8 +32,8 @@ def verify(path: Path, expected: str | None, *, where_from: str) -> None:
 
     Args:
         path: the file; a symbolic link of the hub's cache is followed.
-        expected: sha256 that the table or the hub publishes; with None the first file's own hash is
-            recorded beside it, and later contents must match that.
+        expected: sha256 that the table or the hub publishes, or its first digits; with None the
+            first file's own hash is recorded beside it, and later contents must match that.
         where_from: the source, for messages.
 
     Raises:
@@ -50,7 +51,7 @@ def verify(path: Path, expected: str | None, *, where_from: str) -> None:
     if expected is None:
         write_atomically(record, f"{found}\n".encode())
         logger.info("%s publishes no checksum; recorded sha256 %s", where_from, found)
-    elif found != expected:
+    elif not found.startswith(expected):
         for file in {path, real}:
             file.unlink(missing_ok=True)
         raise CorruptFileError(
@@ -58,6 +59,37 @@ def verify(path: Path, expected: str | None, *, where_from: str) -> None:
             "file has been removed; run the same command again to download it anew."
         )
     _verified[real] = mark
+
+
+def verify_file(path: Path, expected: str | None = None) -> str:
+    """Check a user's own file, which is never removed; returns what it was checked against.
+
+    Args:
+        path: the file.
+        expected: sha256 or its first digits; the recorded hash or the digits in the file's name
+            if None.
+
+    Raises:
+        CorruptFileError: the content is another.
+    """
+    record = recorded_hash_path(path)
+    basis = "the given hash"
+    if expected is None and record.exists():
+        expected, basis = record.read_text().strip(), f"as recorded in {record.name}"
+    if expected is None and (expected := digits_in_name(path.name)):
+        basis = "as the file's name says"
+    if expected is None:
+        return "no hash is known for it"
+    found = sha256_of(path)
+    if not found.startswith(expected.lower()):
+        raise CorruptFileError(f"{path} has sha256 {found}, expected {expected}: download it anew")
+    return basis
+
+
+def digits_in_name(name: str) -> str | None:
+    """The first digits of the sha256, which torch's hub files carry: `net-1a2b3c4d.pth`."""
+    match = re.search(r"-([0-9a-f]{8,64})\.", name)
+    return match[1] if match else None
 
 
 def recorded_hash_path(path: Path) -> Path:

@@ -47,6 +47,69 @@ def _in22k(model: str, file: str, **facts: Any) -> WeightEntry:
     )
 
 
+# Model -> Mask R-CNN's box and mask AP, Cascade's, UPerNet's mIoU at one scale and at several.
+_DENSE: dict[str, tuple[tuple[float, float] | None, tuple[float, float], tuple[float, float]]] = {
+    "nat_mini": ((46.5, 41.7), (50.3, 43.6), (45.1, 46.4)),
+    "nat_tiny": ((47.7, 42.6), (51.4, 44.5), (47.1, 48.4)),
+    "nat_small": ((48.4, 43.2), (52.0, 44.9), (48.0, 49.5)),
+    "nat_base": (None, (52.3, 45.1), (48.5, 49.7)),
+    "dinat_mini": ((47.2, 42.5), (51.2, 44.4), (45.8, 47.2)),
+    "dinat_tiny": ((48.6, 43.5), (52.2, 45.1), (47.8, 48.8)),
+    "dinat_small": ((49.3, 44.0), (52.9, 45.8), (48.9, 49.9)),
+    "dinat_base": (None, (53.4, 46.2), (49.6, 50.4)),
+    "dinat_large": (None, (55.3, 47.8), (54.0, 54.9)),
+    "dinat_s_tiny": ((46.6, 42.1), (51.0, 44.1), (46.0, 47.4)),
+    "dinat_s_small": ((48.6, 43.5), (52.3, 45.2), (48.6, 49.9)),
+    "dinat_s_base": (None, (52.6, 45.3), (49.4, 50.2)),
+    "dinat_s_large": (None, (54.8, 47.2), (53.4, 54.6)),
+}
+_NO_ADDRESS = "The origin's tables link the file; its exact address is not known here."
+
+
+def _detection(model: str, head: str, figures: tuple[float, float]) -> WeightEntry:
+    return WeightEntry(
+        model=f"vz_{model}",
+        tag=f"shilabs_coco_{head}",
+        licence="mit",
+        origin=_ORIGIN,
+        paper="2209.15001" if model.startswith("dinat") else "2204.07143",
+        task="detection",
+        dataset="COCO",
+        num_classes=80,
+        input_size=(3, 800, 1333),
+        published=(("box_ap", figures[0]), ("mask_ap", figures[1])),
+        strict=False,
+        notes=f"3x schedule. {_NO_ADDRESS}",
+    )
+
+
+def _segmentation(model: str, figures: tuple[float, float]) -> WeightEntry:
+    side = 640 if model == "dinat_large" else 512
+    return WeightEntry(
+        model=f"vz_{model}",
+        tag="shilabs_ade20k_upernet",
+        licence="mit",
+        origin=_ORIGIN,
+        paper="2209.15001" if model.startswith("dinat") else "2204.07143",
+        task="segmentation",
+        dataset="ADE20K",
+        num_classes=150,
+        input_size=(3, side, side),
+        published=(("miou", figures[0]), ("miou_ms", figures[1])),
+        strict=False,
+        notes=_NO_ADDRESS,
+    )
+
+
+def _dense_of(model: str) -> tuple[WeightEntry, ...]:
+    mask_rcnn, cascade, upernet = _DENSE[model]
+    detectors = {"mask_rcnn": mask_rcnn, "cascade_mask_rcnn": cascade}
+    return (
+        *(_detection(model, head, found) for head, found in detectors.items() if found),
+        _segmentation(model, upernet),
+    )
+
+
 ENTRIES = (
     *(
         _entry(f"nat_{size}", top1, f"{_NAT}nat_{size}.pth")
@@ -100,4 +163,5 @@ ENTRIES = (
             ("dinat", "base", 82.1),
         )
     ),
+    *(entry for model in _DENSE for entry in _dense_of(model)),
 )

@@ -1,0 +1,5 @@
+import sys
+
+from vitzoo.cli import main
+
+main(["weights", *sys.argv[1:]])

@@ -1,0 +1,205 @@
+"""`vitzoo weights`: what is published, having it, checking it, and passing it on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitzoo.errors import InputError
+from vitzoo.zoo.entries import WeightEntry
+
+cli = typer.Typer(no_args_is_help=True, help="List, fetch, verify, convert and share weights.")
+
+CacheDir = Annotated[
+    Path | None, typer.Option("--cache-dir", help="Instead of the hub's and the user's caches.")
+]
+
+
+@cli.command(name="list")
+def list_weights(
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Only this licence, such as mit.")] = None,
+    state: Annotated[str | None, typer.Option(help="Only this state of the source.")] = None,
+) -> None:
+    """List the published weights."""
+    from rich.table import Table
+
+    from vitzoo.engine.report import console
+
+    table = Table(box=None, header_style="bold")
+    table.add_column("weights", no_wrap=True)
+    for column in ("task", "data", "licence", "state", "published"):
+        table.add_column(column)
+    for entry in _chosen(family, licence, state):
+        figures = ", ".join(f"{key} {value:g}" for key, value in entry.published)
+        licence_text = entry.licence or "not stated"
+        table.add_row(entry.name, entry.task, entry.dataset, licence_text, entry.state, figures)
+    console().print(table)
+
+
+def _chosen(family: str | None, licence: str | None, state: str | None) -> list[WeightEntry]:
+    import vitzoo
+    from vitzoo.zoo.published import all_entries
+
+    found = all_entries()
+    families = {entry.name: vitzoo.info(entry.model).family for entry in found}
+    chosen = found
+    for what, wanted, value_of in (
+        ("family", family, lambda entry: families[entry.name]),
+        ("licence", licence, lambda entry: entry.licence or "not stated"),
+        ("state", state, lambda entry: entry.state),
+    ):
+        if wanted is not None:
+            known = sorted({value_of(entry) for entry in found})
+            if wanted not in known:
+                raise InputError(f"no weights of {what} {wanted!r}; there are {', '.join(known)}")
+            chosen = [entry for entry in chosen if value_of(entry) == wanted]
+    return chosen
+
+
+@cli.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(help="NAME.TAG of the table, or hf-hub:ORG/NAME.")],
+    cache_dir: CacheDir = None,
+) -> None:
+    """Download and verify weights; prints where they are."""
+    from vitzoo.engine.report import console
+    from vitzoo.zoo import download
+    from vitzoo.zoo.files import check_weights, sha256_of
+
+    for name in names:
+        if name.startswith(("hf-hub:", "http://", "https://")):
+            path = download.fetch_source(name, cache_dir=cache_dir)
+        else:
+            path = download.fetch(_entry(name), cache_dir=cache_dir)
+        check_weights(path)
+        console().print(f"{path}\nsha256 {sha256_of(path)}", markup=False, soft_wrap=True)
+
+
+def _entry(name: str) -> WeightEntry:
+    import difflib
+
+    from vitzoo.zoo.published import all_entries
+
+    found = {entry.name: entry for entry in all_entries()}
+    if name in found:
+        return found[name]
+    first = next((entry for entry in found.values() if entry.model == name), None)
+    if first is not None:
+        return first
+    near = difflib.get_close_matches(name, found, n=3)
+    hint = f"; did you mean {', '.join(near)}?" if near else "; see `vitzoo weights list`"
+    raise InputError(f"no weights {name!r}{hint}")
+
+
+@cli.command()
+def verify(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Weights files or NAME.TAG; all that are cached if none."),
+    ] = None,
+    sha256: Annotated[
+        str | None, typer.Option(help="What one file's content must hash to.")
+    ] = None,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Check weights on disk against their published or recorded hashes."""
+    from vitzoo.engine.report import console
+    from vitzoo.zoo import download
+    from vitzoo.zoo.files import check_weights, sha256_of, verify_file
+    from vitzoo.zoo.published import all_entries
+
+    out = console()
+    files = [Path(name) for name in names or () if Path(name).is_file()]
+    if sha256 is not None and len(files) != 1:
+        raise InputError("--sha256 is for one file")
+    for path in files:
+        check_weights(path)
+        basis = verify_file(path, sha256)
+        out.print(f"{path}: whole, sha256 {sha256_of(path)} ({basis})", markup=False)
+    named = [name for name in names or () if not Path(name).is_file()]
+    entries = [_entry(name) for name in named] if names else all_entries()
+    cached = 0
+    for entry in entries:
+        path_found = download.cached(entry, cache_dir=cache_dir)
+        if path_found is None:
+            if named:
+                out.print(f"{entry.name}: not in the cache", markup=False)
+            continue
+        cached += 1
+        check_weights(path_found)
+        out.print(f"{entry.name}: verified, {path_found}", markup=False, soft_wrap=True)
+    if not names:
+        out.print(f"{cached} of the table's {len(entries)} weights are in the cache")
+
+
+@cli.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A weights file.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    model: Annotated[
+        str | None, typer.Option(help="NAME or NAME.TAG, unless the file's name says it.")
+    ] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Option("--arg", help="KEY=VALUE that the model is built with.")
+    ] = None,
+) -> None:
+    """Turn an authors' file into a folder that timm loads (local-dir: and hf-hub:)."""
+    from omegaconf import OmegaConf
+
+    import vitzoo  # noqa: F401  (registers the names)
+    from vitzoo.engine.report import console
+    from vitzoo.zoo.convert import convert as run
+
+    strangers = [text for text in arguments or () if "=" not in text]
+    if strangers:
+        raise InputError(f"--arg {strangers[0]!r} is not KEY=VALUE")
+    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(arguments or []))
+    built = run(source, target, model, arguments=given)
+    count = sum(parameter.numel() for parameter in built.parameters())
+    console().print(
+        f'{target}: {count:,} parameters; timm.create_model("local-dir:{target}", pretrained=True)',
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@cli.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="A weights file.")],
+    names: Annotated[bool, typer.Option("--names", help="Also every tensor's name.")] = False,
+) -> None:
+    """Say what a weights file holds and which models it may be for."""
+    import vitzoo
+    from vitzoo.engine.report import console
+    from vitzoo.zoo.convert import look_into, models_of_size
+
+    facts = look_into(file)
+    records = [vitzoo.info(name) for name in vitzoo.list_models()]
+    near = models_of_size(facts.params, records)
+    out = console()
+    for key in ("path", "size", "sha256", "wrapper", "prefix", "tensors", "params", "dtypes"):
+        value = getattr(facts, key)
+        text = f"{value:,}" if isinstance(value, int) else value
+        text = ", ".join(text) if isinstance(text, tuple) else text
+        if text is not None:
+            out.print(f"{key:>9}  {text}", markup=False, soft_wrap=True)
+    out.print(f"   models  {', '.join(near) or 'none has exactly this many parameters'}")
+    if names:
+        for name, shape in facts.shapes.items():
+            out.print(f"{name}  {shape}", markup=False, soft_wrap=True)
+
+
+@cli.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="As `vitzoo weights convert` writes it.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+) -> None:
+    """Upload a converted folder with its card to the hub."""
+    from vitzoo.engine.report import console
+    from vitzoo.zoo.model_card import push as run
+
+    console().print(run(folder, repo, private=private), markup=False, soft_wrap=True)

@@ -1,0 +1,77 @@
+"""The wrappers that trainers write around weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vitzoo.zoo.files import check_weights
+
+WRAPPERS = ("state_dict_ema", "state_dict", "model_ema", "model")
+PREFIXES = ("module.", "backbone.")
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The content of a weights file, wrappers and all, read as plain tensors.
+
+    Raises:
+        WeightsError: see `check_weights`.
+    """
+    check_weights(path)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return dict(load_file(path))
+    import torch
+
+    return dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def unwrap(state_dict: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights inside the wrappers that trainers write around them.
+
+    Handles `state_dict_ema`, `state_dict`, `model_ema` and `model` entries, also nested, and the
+    prefixes `module.` and `backbone.` of distributed, detection and segmentation checkpoints. Of an
+    mmpretrain classifier the head is kept, too.
+    """
+    while wrapper := wrapper_of(state_dict):
+        state_dict = state_dict[wrapper]
+    for prefix in PREFIXES:
+        if any(name.startswith(prefix) for name in state_dict):
+            # Detectors and segmenters also hold neck and head: only the backbone is ours.
+            inner = {
+                name.removeprefix(prefix): value
+                for name, value in state_dict.items()
+                if name.startswith(prefix) or prefix == "module."
+            }
+            if prefix == "backbone.":
+                inner |= {
+                    name.replace("head.fc.", "head."): value
+                    for name, value in state_dict.items()
+                    if name.startswith("head.fc.")
+                }
+            state_dict = inner
+    return state_dict
+
+
+def wrapper_of(content: dict[str, Any]) -> str | None:
+    """The entry that holds the weights, None if they lie open."""
+    return next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+
+
+def classes_in(content: dict[str, Any], classifier: str | tuple[str, ...] | None) -> int | None:
+    """Outputs of the classifier in a file's content, None if it holds none.
+
+    Args:
+        content: as read, in the zoo's, timm's or the authors' names.
+        classifier: the model's own name for it; the authors of all families call it `head`.
+    """
+    weights = unwrap(content)
+    first = classifier[0] if isinstance(classifier, list | tuple) else classifier
+    for name in (first, "head"):
+        head = weights.get(f"{name}.weight")
+        if head is not None and head.dim() == 2:
+            return len(head)
+    return None
