@@ -5,7 +5,10 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+import pytest
+
 import vitzoo
+from vitzoo.engine.pictures import MODELS, picture
 from vitzoo.zoo.published import all_entries
 
 ROOT = Path(__file__).parents[1]
@@ -14,6 +17,23 @@ ROOT = Path(__file__).parents[1]
 def test_cards_are_not_stale() -> None:
     cards = runpy.run_path(str(ROOT / "tools" / "cards.py"))["cards"]()
     assert (ROOT / "MODEL_CARDS.md").read_text() == cards, "run `make cards`"
+
+
+@pytest.mark.parametrize("family", ["davit", "nat", "flatformer"])
+def test_pictures_are_not_stale(family: str) -> None:
+    """Three quick ones; `make cards` rewrites all."""
+    drawn = (ROOT / "docs" / "pictures" / f"{family}.svg").read_text()
+    assert drawn == picture(family), "run `make cards`"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(MODELS) - {"davit", "nat", "flatformer"}))
+def test_other_pictures_are_not_stale(family: str) -> None:
+    test_pictures_are_not_stale(family)
+
+
+def test_every_family_has_a_picture() -> None:
+    assert {vitzoo.info(name).family for name in vitzoo.list_models()} == set(MODELS)
 
 
 def test_every_model_and_every_weight_has_a_line() -> None:

@@ -1,15 +1,17 @@
-"""Write MODEL_CARDS.md; with --check, fail if it is stale."""
+"""Write MODEL_CARDS.md and docs/pictures/; with --check, fail if one is stale."""
 
 import json
 import sys
 from pathlib import Path
 
 import vitzoo
+from vitzoo.engine.pictures import MODELS, picture
 from vitzoo.zoo.cards import render
 from vitzoo.zoo.published import all_entries
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "MODEL_CARDS.md"
+PICTURES = ROOT / "docs" / "pictures"
 SPEED = ROOT / "benchmarks" / "models.json"
 
 
@@ -19,7 +21,15 @@ def cards() -> str:
     return render([vitzoo.info(name) for name in vitzoo.list_models()], all_entries(), speed)
 
 
+def files() -> dict[Path, str]:
+    """Every generated file and what it should hold."""
+    return {TARGET: cards()} | {PICTURES / f"{name}.svg": picture(name) for name in MODELS}
+
+
 if __name__ == "__main__":
-    if "--check" in sys.argv:
-        sys.exit(0 if TARGET.read_text() == cards() else "MODEL_CARDS.md is stale: make cards")
-    TARGET.write_text(cards())
+    for path, text in files().items():
+        if "--check" not in sys.argv:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            sys.exit(f"{path.relative_to(ROOT)} is stale: make cards")

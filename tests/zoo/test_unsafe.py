@@ -53,7 +53,7 @@ def from_folder(path: Path) -> None:
 
 def train_from(path: Path) -> None:
     values = ["run.folder=" + str(path.parent / "run"), f"model.checkpoint={path}"]
-    train(load_recipe("nat-digits", values))
+    train(load_recipe("davit-digits", values))
 
 
 def command(*arguments: str) -> Callable[[Path], None]:

@@ -297,7 +297,8 @@ _AUTHORS_NAMES = (
     (r"^middle_encoder\.", ""),
     (r"^block_list\.(\d+)\.block\.(\d+)\.", r"blocks.\1.\2."),
     (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
-    (r"\.(fc[12])\.", r".mlp.\1."),
+    # Not in our own names, where `mlp.` is there already.
+    (r"(?<!\.mlp)\.(fc[12])\.", r".mlp.\1."),
 )
 
 
@@ -337,7 +338,9 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    if pretrained and not kwargs.get("pretrained_cfg_overlay"):
+    # A folder or hub repository of the user's own comes as a configuration.
+    own = kwargs.get("pretrained_cfg_overlay") or kwargs.get("pretrained_cfg")
+    if pretrained and not own:
         raise ValueError(f"{name} has no published weights: {ENTRIES[0].notes}")
     return build_backbone(FlatFormer, name, pretrained, checkpoint_filter_fn, **kwargs)
 

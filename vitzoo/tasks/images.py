@@ -34,6 +34,7 @@ class ImageDataOptions(DataOptions):
             timm's names: `torch/fashion_mnist`, `torch/cifar10`, `hfds/ORG/NAME`, `wds/NAME`.
         train_split, val_split: names of the two halves; folders also answer to the usual synonyms.
         train_first, val_first: keep only the first n samples.
+        classes: keep only the samples of these classes, by number, which count from 0 then.
         num_classes: where the data set itself does not say (`wds/`).
         download: let torchvision fetch the data set into `root`.
         size: side of the images; the model's own if None.
@@ -45,6 +46,7 @@ class ImageDataOptions(DataOptions):
     val_split: str = "validation"
     train_first: int | None = None
     val_first: int | None = None
+    classes: list[int] | None = None
     num_classes: int | None = None
     download: bool = False
     size: int | None = None
@@ -170,6 +172,26 @@ class ArraySource:
 
 
 @dataclass
+class SomeClasses:
+    """The samples of some classes of a source, renumbered in the order of `labels`."""
+
+    source: Source
+    indices: list[int]
+    number: dict[int, int]
+    labels: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> tuple[Any, int]:
+        file, target = self.source.image(self.indices[index])
+        return file, self.number[int(target)]
+
+    def where(self, index: int) -> str:
+        return self.source.where(self.indices[index])
+
+
+@dataclass
 class TorchvisionSource:
     """A torchvision data set of (PIL image, class index)."""
 
@@ -189,6 +211,50 @@ class TorchvisionSource:
 
 
 def open_source(
+    options: ImageDataOptions, *, train: bool, labels: tuple[str, ...] | None = None
+) -> Source | ImageStream:
+    """The images of one split, of all classes or those of `options.classes`; see `_open`."""
+    if options.classes is None:
+        return _open(options, train=train, labels=labels)
+    source = _open(options, train=train)
+    if isinstance(source, ImageStream):
+        raise InputError("data.classes needs a data set with an index, not a stream")
+    return some_classes(source, options.classes)
+
+
+def some_classes(source: Source, classes: list[int]) -> SomeClasses:
+    """Keep only some classes of a source.
+
+    Raises:
+        InputError: a class that the source does not have, or no sample left.
+    """
+    count = len(source.labels) if source.labels else None
+    strangers = [i for i in classes if i < 0 or (count is not None and i >= count)]
+    if strangers or len(set(classes)) != len(classes):
+        raise InputError(
+            f"data.classes={classes}: give different numbers from 0 to {(count or 0) - 1}"
+        )
+    targets = _targets(source)
+    indices = [i for i, target in enumerate(targets) if target in classes]
+    if not indices:
+        raise InputError(f"data.classes={classes}: no sample has one of these classes")
+    number = {old: new for new, old in enumerate(classes)}
+    labels = tuple(source.labels[i] for i in classes) if source.labels else None
+    return SomeClasses(source, indices, number, labels)
+
+
+def _targets(source: Source) -> list[int]:
+    """The class of every sample, without reading images where the source knows them."""
+    if isinstance(source, ArraySource):
+        return [int(target) for target in source.targets]
+    if isinstance(source, TorchvisionSource) and hasattr(source.dataset, "targets"):
+        return [int(target) for target in source.dataset.targets]
+    if isinstance(source, ReaderSource) and hasattr(source.reader, "samples"):
+        return [int(target) for _, target in source.reader.samples]
+    return [int(source.image(i)[1]) for i in range(len(source))]
+
+
+def _open(
     options: ImageDataOptions, *, train: bool, labels: tuple[str, ...] | None = None
 ) -> Source | ImageStream:
     """The images of one split.

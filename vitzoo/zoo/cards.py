@@ -101,6 +101,8 @@ def _card(
         "",
         text,
         "",
+        f"![Which keys one query of {title} sees](docs/pictures/{family}.svg)",
+        "",
         f"Paper: [arXiv {first.paper}](https://arxiv.org/abs/{first.paper}). Follows "
         f"{', '.join(dict.fromkeys(f'{r.code} ({r.code_licence})' for r in records))}.",
         "",
