@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-all checks-table proof check bench cards explorer
+.PHONY: setup demo test test-all test-mmseg checks-table proof check bench cards explorer
 
 setup: .setup-done
 
@@ -49,3 +49,13 @@ cards: setup
 
 explorer: setup
 	$(BIN)/python tools/explorer.py
+
+# mmsegmentation asks for old packages: an environment of its own.
+.mmseg-done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-mmseg
+	.venv-mmseg/bin/python -m pip install --quiet --upgrade pip
+	.venv-mmseg/bin/python -m pip install --quiet -c constraints.txt -e ".[mmseg]" pytest scikit-image
+	touch $@
+
+test-mmseg: .mmseg-done
+	OMP_NUM_THREADS=1 .venv-mmseg/bin/python -m pytest tests/integrations
