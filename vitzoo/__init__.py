@@ -36,7 +36,8 @@ def predict(model_or_run: Any, images: Any, values: Sequence[str] = ()) -> list[
     Args:
         model_or_run: a run (its folder, or its name under `runs/`), a weights file, a model's
             `NAME.TAG` with published weights, or a timm model in memory.
-        images: one image or a sequence of them: paths, PIL images, or uint8 arrays (H, W, 3).
+        images: one image or a sequence of them: paths, PIL images, uint8 arrays (H, W, 3), or
+            tensors (3, H, W) of uint8 or of floats from 0 to 1; also (N, ...) at once.
         values: recipe values to change, such as `data.size=288`.
 
     Raises:

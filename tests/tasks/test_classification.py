@@ -16,7 +16,8 @@ from vitzoo.engine.recipe import merge
 from vitzoo.errors import InputError
 from vitzoo.tasks.classification import ClassificationTask
 from vitzoo.tasks.contract import UnreadableSample
-from vitzoo.tasks.images import digits, fashion_mnist_root, find_split, open_image
+from vitzoo.tasks.images import digits, fashion_mnist_root, find_split
+from vitzoo.tasks.pictures import image_of, open_image
 
 
 def task_of(*values: str) -> ClassificationTask:
@@ -141,3 +142,19 @@ def test_published_accuracy_is_the_entry() -> None:
     )
     assert task.published() == {"top1": 82.8, "top5": 96.2}
     assert timm.get_pretrained_cfg("vz_davit_tiny").num_classes == 1000
+
+
+def test_images_in_memory_of_every_kind() -> None:
+    pixels = torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8)
+    chw = pixels.movedim(-1, 0)
+    expected = pixels.numpy()
+    for given in (pixels.numpy(), Image.fromarray(expected), pixels, chw, chw.float() / 255):
+        assert np.array_equal(np.asarray(image_of(given)), expected)
+    grey = image_of(chw[:1], mode="L")
+    assert np.array_equal(np.asarray(grey), expected[..., 0])
+    with pytest.raises(InputError, match="before it is normalised"):
+        image_of(torch.randn(3, 5, 7))
+    with pytest.raises(InputError, match=r"float64 \(5, 7, 3\)"):
+        image_of(np.zeros((5, 7, 3)))
+    with pytest.raises(InputError, match="not <class 'int'>"):
+        image_of(3)

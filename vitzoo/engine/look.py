@@ -121,7 +121,7 @@ def _opened(path: str, given: str, values: Sequence[str]) -> tuple[nn.Module, Im
     from torchvision.transforms.functional import to_pil_image
 
     from vitzoo.engine.predict import load
-    from vitzoo.tasks.images import open_image
+    from vitzoo.tasks.pictures import open_image
 
     task: Any = load(given, values)
     if not hasattr(task, "transform"):

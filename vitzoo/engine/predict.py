@@ -44,8 +44,8 @@ def load(model_or_run: Any, values: Sequence[str] = ()) -> Task:
 
 def _ready(source: Source) -> Task:
     """The task of a source with its labels and model."""
-    cuda = torch.cuda.is_available() and source.recipe.run.device != "cpu"
-    device = torch.device("cuda" if cuda else "cpu")
+    own = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device("cpu") if own is None or source.recipe.run.device == "cpu" else own
     task = source.task()
     if source.weights is None:
         config = timm.get_pretrained_cfg(source.title)
@@ -78,7 +78,7 @@ def imagenet_labels(count: int) -> tuple[str, ...]:
 
 def predict(model_or_run: Any, images: Any, values: Sequence[str] = ()) -> list[Prediction]:
     """Results for images; see `vitzoo.predict`."""
-    if isinstance(images, str | Path | Image.Image) or hasattr(images, "shape"):
+    if isinstance(images, str | Path | Image.Image) or getattr(images, "ndim", 4) < 4:
         images = [images]
     images = [str(image) if isinstance(image, Path) else image for image in images]
     return list(load(model_or_run, values).predict(images))

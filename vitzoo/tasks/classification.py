@@ -22,9 +22,9 @@ from vitzoo.tasks.images import (
     ImageSamples,
     ImageStream,
     Transform,
-    open_image,
     open_source,
 )
+from vitzoo.tasks.pictures import image_of
 from vitzoo.tasks.results import Classification, Ranked
 
 
@@ -232,14 +232,10 @@ class ClassificationTask(Task):
         transform, results = self.transform(), []
         size = self.options.data.eval_batch_size or self.options.data.batch_size
         for start in range(0, len(images), size):
-            pictures = []
-            for given in images[start : start + size]:
-                where = "an image in memory" if not isinstance(given, str) else given
-                picture = given if isinstance(given, str | Image.Image) else _from_array(given)
-                pictures.append((where, open_image(picture, where=where, mode=mode)))
-            batch = torch.stack([transform(picture) for _, picture in pictures])
+            pictures = [image_of(given, mode=mode) for given in images[start : start + size]]
+            batch = torch.stack([transform(picture) for picture in pictures])
             scores = self.model(batch.to(self.device)).float().softmax(1).cpu()
-            for given, (_, picture), row in zip(
+            for given, picture, row in zip(
                 images[start : start + size], pictures, scores, strict=True
             ):
                 results.append(self._ranked(given, picture, row))
@@ -265,15 +261,3 @@ def _samples(source: Any, transform: Transform, mode: str, first: int | None) ->
         source.dataset.transform = transform
         return source
     return ImageSamples(source, transform, mode=mode, first=first)
-
-
-def _from_array(image: Any) -> Image.Image:
-    """uint8 array or tensor (H, W), (H, W, 3) -> PIL image."""
-    if isinstance(image, Tensor):
-        image = image.cpu().numpy()
-    try:
-        return Image.fromarray(image)
-    except (TypeError, AttributeError):
-        raise InputError(
-            f"an image is a path, a PIL image or a uint8 array (H, W, 3), not {type(image)}"
-        ) from None

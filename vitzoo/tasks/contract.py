@@ -172,7 +172,7 @@ class Task(ABC):
 
     @abstractmethod
     def predict(self, images: Sequence[Any]) -> Sequence[Prediction]:
-        """Results for images: paths, PIL images, or uint8 arrays (H, W, 3).
+        """Results for images, as `vitzoo.tasks.pictures.image_of` takes them.
 
         Raises:
             UnreadableSample: a path that is no readable image.

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from vitzoo._paths import cache_folder
 from vitzoo.errors import InputError, missing_extra
 from vitzoo.tasks.contract import DataOptions, UnreadableSample
+from vitzoo.tasks.pictures import open_image
 
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "validation", "valid", "eval", "evaluation", "test")
@@ -68,24 +69,6 @@ class Source(Protocol):
 
     def where(self, index: int) -> str:
         """What to call the sample in a message."""
-
-
-def open_image(file: Any, *, where: str, mode: str = "RGB") -> Image.Image:
-    """A decoded image from a path, a file object or a PIL image.
-
-    Raises:
-        UnreadableSample: missing, truncated, or no image.
-    """
-    try:
-        image = file if isinstance(file, Image.Image) else Image.open(file)
-        # The conversion decodes every pixel, so a truncated file fails here and not later.
-        return image.convert(mode)
-    except FileNotFoundError:
-        raise UnreadableSample(where, "no such file") from None
-    except Image.UnidentifiedImageError:
-        raise UnreadableSample(where, "not an image that Pillow can identify") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableSample(where, str(error)) from None
 
 
 class ImageSamples(Dataset[Any]):

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import hflip, pil_to_tensor
 
 from vitzoo.errors import InputError
 from vitzoo.tasks.contract import UnreadableSample
-from vitzoo.tasks.images import open_image
+from vitzoo.tasks.pictures import open_image
 
 Sample = dict[str, Any]
 

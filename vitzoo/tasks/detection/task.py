@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -20,7 +18,7 @@ from vitzoo.tasks.detection.coco import CocoImages
 from vitzoo.tasks.detection.metrics import coco_metrics, coco_results
 from vitzoo.tasks.detection.options import DetectionOptions
 from vitzoo.tasks.detection.result import Objects
-from vitzoo.tasks.images import open_image
+from vitzoo.tasks.pictures import image_of
 from vitzoo.tasks.scenes import scenes_folder
 
 
@@ -167,13 +165,12 @@ class DetectionTask(Task):
 
     @torch.inference_mode()
     def predict(self, images: Sequence[Any]) -> list[Objects]:
-        """Objects of images: paths, PIL images or uint8 arrays (H, W, 3)."""
+        """Objects of images; see `image_of`."""
         ids = tuple(self.model.category_ids.tolist())  # type: ignore[operator]
         results = []
         for given in images:
             from_file = isinstance(given, str | Path)
-            image = Image.fromarray(given) if isinstance(given, np.ndarray) else given
-            image = open_image(image, where=str(given) if from_file else "an image in memory")
+            image = image_of(given)
             pixels = pil_to_tensor(image).float().to(self.device) / 255
             found = {key: value.cpu() for key, value in self.model([pixels])[0].items()}
             masks = found["masks"][:, 0] >= 0.5 if "masks" in found else None

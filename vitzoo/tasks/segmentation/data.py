@@ -12,7 +12,7 @@ from timm.data.readers import get_img_extensions
 
 from vitzoo.errors import InputError
 from vitzoo.tasks.contract import UnreadableSample
-from vitzoo.tasks.images import open_image
+from vitzoo.tasks.pictures import open_image
 from vitzoo.tasks.segmentation.options import MaskDataOptions
 
 Array = np.ndarray[Any, Any]

@@ -10,14 +10,13 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from vitzoo.errors import InputError
 from vitzoo.heads.segmentation import HEADS, build_segmenter
 from vitzoo.tasks._models import freeze, known_name, refused_pickle
 from vitzoo.tasks.contract import Batch, Task, TaskData
-from vitzoo.tasks.images import open_image
+from vitzoo.tasks.pictures import image_of
 from vitzoo.tasks.segmentation.data import open_pairs
 from vitzoo.tasks.segmentation.inference import by_size, check, probabilities
 from vitzoo.tasks.segmentation.metrics import Confusion
@@ -168,7 +167,7 @@ class SegmentationTask(Task):
         size = self.options.data.eval_batch_size or self.options.data.batch_size
         for start in range(0, len(images), size):
             given = images[start : start + size]
-            pictures = [_opened(image) for image in given]
+            pictures = [image_of(image) for image in given]
             sizes = [(picture.height, picture.width) for picture in pictures]
             masks = self.label_maps([prepare(picture) for picture in pictures], sizes)
             for image, picture, mask in zip(given, pictures, masks, strict=True):
@@ -182,15 +181,3 @@ class SegmentationTask(Task):
         if len(given) == len(self.labels):
             return np.array(given, np.uint8)
         return palette_of(len(self.labels))
-
-
-def _opened(given: Any) -> Image.Image:
-    if isinstance(given, Tensor):
-        given = given.cpu().numpy()
-    if isinstance(given, np.ndarray):
-        given = Image.fromarray(given)
-    if not isinstance(given, str | Image.Image):
-        raise InputError(
-            f"an image is a path, a PIL image or a uint8 array (H, W, 3), not {type(given)}"
-        )
-    return open_image(given, where=given if isinstance(given, str) else "an image in memory")

@@ -1,0 +1,76 @@
+"""Images as people have them, files or values in memory, to PIL images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vitzoo.errors import InputError
+from vitzoo.tasks.contract import UnreadableSample
+
+
+def open_image(file: Any, *, where: str, mode: str = "RGB") -> Image.Image:
+    """A decoded image from a path, a file object or a PIL image.
+
+    Raises:
+        UnreadableSample: missing, truncated, or no image.
+    """
+    try:
+        image = file if isinstance(file, Image.Image) else Image.open(file)
+        # The conversion decodes every pixel, so a truncated file fails here and not later.
+        return image.convert(mode)
+    except FileNotFoundError:
+        raise UnreadableSample(where, "no such file") from None
+    except Image.UnidentifiedImageError:
+        raise UnreadableSample(where, "not an image that Pillow can identify") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableSample(where, str(error)) from None
+
+
+def image_of(given: Any, *, mode: str = "RGB") -> Image.Image:
+    """An image as somebody has it -> PIL image.
+
+    Args:
+        given: a path, a PIL image, an array or tensor of uint8 (H, W), (H, W, 3), or a tensor
+            (1 or 3, H, W) of uint8, or of floats from 0 to 1 (not normalised).
+        mode: Pillow's, of the result.
+
+    Raises:
+        InputError: anything else.
+        UnreadableSample: a path that is no readable image.
+    """
+    if isinstance(given, str | Path):
+        return open_image(given, where=str(given), mode=mode)
+    if isinstance(given, torch.Tensor):
+        given = _pixels(given.detach().cpu())
+    if isinstance(given, np.ndarray):
+        try:
+            given = Image.fromarray(given)
+        except (TypeError, ValueError):
+            found = f"{given.dtype} {given.shape}"
+            raise InputError(f"an array of an image is uint8 (H, W, 3), not {found}") from None
+    if not isinstance(given, Image.Image):
+        raise InputError(
+            f"an image is a path, a PIL image, an array or a tensor, not {type(given)}"
+        )
+    return open_image(given, where="an image in memory", mode=mode)
+
+
+def _pixels(image: torch.Tensor) -> Any:
+    """uint8 array (H, W) or (H, W, 3) of a tensor's image."""
+    if image.is_floating_point():
+        low, high = float(image.min()), float(image.max())
+        if not 0 <= low <= high <= 1:
+            raise InputError(
+                f"a tensor of floats has values from 0 to 1, not {low:.3g} to {high:.3g}: give the "
+                "image before it is normalised"
+            )
+        image = (image * 255).round().to(torch.uint8)
+    # (3, H, 3) can be read both ways: torch's own layout is the likelier.
+    if image.dim() == 3 and image.shape[0] in (1, 3):
+        image = image.movedim(0, -1)
+    return image.squeeze(-1).numpy() if image.dim() == 3 and image.shape[-1] == 1 else image.numpy()
