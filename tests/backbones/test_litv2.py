@@ -11,7 +11,6 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 import vitzoo  # noqa: F401
-from vitzoo.attention.layers import split_for_cache
 from vitzoo.backbones import litv2
 from vitzoo.backbones.litv2 import Block, ConvMlp, Downsample, checkpoint_filter_fn
 from vitzoo.zoo.entries.litv2 import ENTRIES
@@ -49,7 +48,7 @@ def test_large_maps_are_mapped_in_groups_of_images(monkeypatch: pytest.MonkeyPat
     whole = mlp(x)
     monkeypatch.setattr(litv2, "_MAPPED_BYTES", 2 * 6 * 6 * 32 * 4)
     with torch.inference_mode():
-        assert [len(part) for part in split_for_cache(x, 32, litv2._MAPPED_BYTES)] == [2, 2, 1]
+        assert [len(part) for part in litv2._split_images(x, 32)] == [2, 2, 1]
         torch.testing.assert_close(mlp(x), whole)
     monkeypatch.setattr(litv2, "_MAPPED_BYTES", 1)  # less than one image: one at a time
     with torch.inference_mode():

@@ -39,34 +39,14 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        layers = (self.fc1, self.act, self.fc2)
-        hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        if hooked or tuple(map(type, layers)) != (Linear, nn.GELU, Linear):
-            # Somebody put another layer in, or listens.
-            return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
-        parts = split_for_cache(x, self.fc1.out_features, CACHED_BYTES)
-        mapped = [self._map(part) for part in parts]
-        return mapped[0] if len(mapped) == 1 else torch.cat(mapped)
+        return self.drop2(self.fc2(self.drop1(self._hidden(x))))
 
-    def _map(self, x: Tensor) -> Tensor:
-        hidden = linear_gelu(x, self.fc1.weight, self.fc1.bias)
-        return self.drop2(self.fc2(self.drop1(hidden)))
-
-
-CACHED_BYTES = 5 * 2**20
-
-
-def split_for_cache(x: Tensor, hidden_dim: int, most: int) -> tuple[Tensor, ...]:
-    """Groups of images of x (B, ..., C) whose hidden maps take up to `most` bytes each.
-
-    Between two products the map is then found in the caches. Only on the CPU and without gradients,
-    for which the maps are kept anyway; a traced graph is not cut.
-    """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or torch.is_grad_enabled() or x.device.type != "cpu" or x.dim() < 3:
-        return (x,)
-    hidden_bytes = x[..., 0].numel() * hidden_dim * x.element_size()
-    return x.chunk(max(1, -(-hidden_bytes // most)))
+    def _hidden(self, x: Tensor) -> Tensor:
+        fc1, act = self.fc1, self.act
+        hooked = fc1._forward_hooks or fc1._forward_pre_hooks or act._forward_hooks
+        if type(fc1) is Linear and type(act) is nn.GELU and not hooked:
+            return linear_gelu(x, fc1.weight, fc1.bias)
+        return act(fc1(x))  # somebody put another layer in, or listens
 
 
 @register_notrace_module

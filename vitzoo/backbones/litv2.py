@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from vitzoo.attention import Linear, pad_image_to_multiple
 from vitzoo.attention.hilo import HiLo
-from vitzoo.attention.layers import split_for_cache
 from vitzoo.attention.merging import DeformableMerge
 from vitzoo.backbones._build import StateDict, build_backbone, rename, unwrap
 from vitzoo.backbones._registry import ModelInfo, register
@@ -81,12 +80,23 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        parts = split_for_cache(x, self.fc1.out_features, _MAPPED_BYTES)
+        parts = _split_images(x, self.fc1.out_features)
         mapped = [
             self.fc2(depthwise_gelu(self.fc1(part), self.dwconv.weight, self.dwconv.bias))
             for part in parts
         ]
         return mapped[0] if len(mapped) == 1 else torch.cat(mapped)
+
+
+def _split_images(x: Tensor, hidden_dim: int) -> tuple[Tensor, ...]:
+    """Groups of images whose hidden map stays under the size that glibc maps afresh every time.
+
+    Page faults on such maps cost more than the products. With gradients the maps are kept anyway.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu":
+        return (x,)
+    hidden_bytes = x[..., 0].numel() * hidden_dim * x.element_size()
+    return x.chunk(-(-hidden_bytes // _MAPPED_BYTES))
 
 
 class Block(nn.Module):
