@@ -108,7 +108,7 @@ def test_models_are_judged_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def measured(m: object) -> dict:
         found = {k: getattr(m, k) for k in bench_models._KEY if k != "measure"}
-        found |= {"size": m.size, "ratio": 1.3, "mac_rate_ratio": 1.3, "linear_choices": choices}
+        found |= {"size": m.size, "ratio": 1.3, "mac_rate_ratio": 2.6, "linear_choices": choices}
         seconds = {"model_ms": m.size**2 / 1000, "baseline_ms": m.size**4 / 1e6}
         return found | seconds | {"ratio_quartiles": [1.2, 1.4]}
 
@@ -130,6 +130,7 @@ def test_models_are_judged_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     bench_models.write(sweep, out)
     table = out.with_suffix(".md").read_text()
     assert "1.5 MISSED" in table
+    assert "| mac_rate | 2.60 | 2.40 to 2.80 | 0.95 reached |" in table
     assert "| vz_nat_mini | 1 (1.30) |" in table
     assert out.with_suffix(".png").exists()
     with pytest.raises(InputError, match="multiples of 16"):

@@ -237,11 +237,12 @@ def table(report: dict[str, Any]) -> str:
         "(`reference`) or what `auto` takes; bars of `auto` hold where that is oneDNN.",
         "",
         "| model | baseline | dtype | size | pass | linear | malloc | measure | figure "
-        "| ratio's quartiles | bar |",
+        "| quartiles | bar |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in report["results"]:
-        low, high = r["ratio_quartiles"]
+        # In the figure's unit: a rate is the ratio times a constant.
+        low, high = (quartile * r["figure"] / r["ratio"] for quartile in r["ratio_quartiles"])
         bar = "" if r["bar"] is None else f"{r['bar']} {'reached' if r['reached'] else 'MISSED'}"
         baseline = r["baseline"] + (", compiled" if r["compile_baseline"] else "")
         cells = [r["model"], baseline, r["dtype"], r["size"], r["mode"], r["linear"], r["malloc"]]
