@@ -13,8 +13,10 @@ import timm
 import torch
 
 import benchmarks.proof as package
+from benchmarks.proof._table import render
 
 RESULTS = Path(__file__).parents[1] / "results" / "proof"
+TABLE = Path(__file__).parents[1] / "proof.md"
 
 
 def main() -> int:
@@ -40,6 +42,7 @@ def main() -> int:
             print(json.dumps(facts), flush=True)
             if not facts["passed"]:
                 failed.append(name)
+    TABLE.write_text(render([json.loads(path.read_text()) for path in RESULTS.glob("*.json")]))
     if failed:
         print(f"failed: {', '.join(failed)}")
     return len(failed) > 0

@@ -12,7 +12,7 @@ import torch
 
 from vitzoo.engine import bench_cases as cases
 from vitzoo.engine import bench_gpu, bench_models, bench_ops
-from vitzoo.engine.bench import exponent, interleaved, ratio
+from vitzoo.engine.bench import Measurement, exponent, interleaved, measure_memory, ratio
 from vitzoo.engine.bench_cases import GATHERED, ODD, Case
 from vitzoo.engine.bench_checks import compare
 from vitzoo.errors import InputError
@@ -112,7 +112,9 @@ def test_models_are_judged_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         seconds = {"model_ms": m.size**2 / 1000, "baseline_ms": m.size**4 / 1e6}
         return found | seconds | {"ratio_quartiles": [1.2, 1.4]}
 
+    memory = {"model_bytes": 30_000_000, "baseline_bytes": 40_000_000}
     monkeypatch.setattr(bench_models, "measure", measured)
+    monkeypatch.setattr(bench_models, "measure_memory", lambda m: memory)
     out = tmp_path / "models.json"
     report = bench_models.run_models(["vz_davit_tiny"], mallocs=["quiet"])
     judged = {(r["linear"], r["mode"], r["bar"], r["reached"]) for r in report["results"]}
@@ -130,13 +132,21 @@ def test_models_are_judged_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     bench_models.write(sweep, out)
     table = out.with_suffix(".md").read_text()
     assert "1.5 MISSED" in table
-    assert "| mac_rate | 2.60 | 2.40 to 2.80 | 0.95 reached |" in table
+    assert "| mac_rate | 2.60 | 2.40 to 2.80 | 0.95 reached | 0.75 |" in table
     assert "| vz_nat_mini | 1 (1.30) |" in table
     assert out.with_suffix(".png").exists()
     with pytest.raises(InputError, match="multiples of 16"):
         bench_models.run_sweep(sizes=[100])
     with pytest.raises(InputError, match="unknown 'vz_none'"):
         bench_models.run_models(["vz_none"])
+
+
+def test_a_pass_needs_memory() -> None:
+    tiny = Measurement(model="vz_lookupvit_small", baseline="vit_tiny_patch16_224", batch=4)
+    found = measure_memory(tiny)
+    # The hidden map of one MLP alone, 4 x 196 x 768 x 4 bytes.
+    assert found["baseline_bytes"] > 2.4e6
+    assert 2.4e6 < found["model_bytes"] < 1e9
 
 
 def test_without_a_gpu_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

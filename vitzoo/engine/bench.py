@@ -18,7 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,12 +122,32 @@ def measure(measurement: Measurement) -> dict[str, Any]:
     Raises:
         RuntimeError: the process failed; the message holds what it printed last.
     """
+    return _in_a_process(measurement, "time")
+
+
+def measure_memory(measurement: Measurement) -> dict[str, int]:
+    """Bytes that one pass needs beyond weights and images, each side in a fresh process.
+
+    Args:
+        measurement: what runs, eager; `pairs` and `malloc` play no part.
+
+    Returns:
+        `model_bytes` and `baseline_bytes`: rise of the largest resident size.
+
+    Raises:
+        RuntimeError: a process failed.
+    """
+    plain = replace(measurement, malloc="default")
+    return {f"{side}_bytes": _in_a_process(plain, side) for side in ("model", "baseline")}
+
+
+def _in_a_process(measurement: Measurement, what: str) -> Any:
     settings = {"VITZOO_BACKEND_LINEAR": measurement.linear}
     environment = {k: v for k, v in os.environ.items() if k not in QUIET_MALLOC}
     if measurement.malloc == "quiet":
         settings |= QUIET_MALLOC
     done = subprocess.run(
-        [sys.executable, "-m", "vitzoo.engine.bench", json.dumps(asdict(measurement))],
+        [sys.executable, "-m", "vitzoo.engine.bench", what, json.dumps(asdict(measurement))],
         env=environment | settings,
         capture_output=True,
         text=True,
@@ -165,6 +185,20 @@ def measure_here(measurement: Measurement) -> dict[str, Any]:
     if measurement.gmacs and measurement.baseline_gmacs:
         result["mac_rate_ratio"] = result["ratio"] * measurement.gmacs / measurement.baseline_gmacs
     return result
+
+
+def memory_here(measurement: Measurement, side: str) -> int:
+    """Bytes by which one pass of a side raises this process's largest resident size."""
+    import resource
+
+    import torch
+
+    torch.set_num_threads(measurement.threads)
+    run = _step(measurement, getattr(measurement, side))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return rise if sys.platform == "darwin" else 1024 * rise  # Linux counts in KiB
 
 
 def _step(measurement: Measurement, name: str, *, compiled: bool = False) -> Callable[[], None]:
@@ -240,4 +274,6 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_here(Measurement(**json.loads(sys.argv[1])))))  # noqa: T201
+    wanted, given = sys.argv[1], Measurement(**json.loads(sys.argv[2]))
+    found = measure_here(given) if wanted == "time" else memory_here(given, wanted)
+    print(json.dumps(found))  # noqa: T201

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitzoo.engine.bench import Measurement, exponent, machine, measure
+from vitzoo.engine.bench import Measurement, exponent, machine, measure, measure_memory
 from vitzoo.engine.bench_ops import plot
 from vitzoo.errors import InputError
 
@@ -98,7 +98,10 @@ BARS = [
 
 def run_bar(bar: Bar, malloc: str) -> dict[str, Any]:
     """One measurement with its bar and verdict."""
-    result = measure(replace(bar.measurement, malloc=malloc))  # type: ignore[arg-type]
+    measurement = replace(bar.measurement, malloc=malloc)  # type: ignore[arg-type]
+    result = measure(measurement)
+    if not measurement.compile_baseline:
+        result |= measure_memory(measurement)
     figure = result[bar.measure]
     least = bar.least(malloc, result["linear_choices"])
     return result | {
@@ -234,11 +237,12 @@ def table(report: dict[str, Any]) -> str:
         f"{facts['processor']}, {facts['cores']} cores, {facts['capability']}; torch "
         f"{facts['torch']}, timm {facts['timm']}, {facts['date']}. Eager, both sides in one "
         "process, median of the pairs. Made by `make bench`. `linear`: stock layers "
-        "(`reference`) or what `auto` takes; bars of `auto` hold where that is oneDNN.",
+        "(`reference`) or what `auto` takes; bars of `auto` hold where that is oneDNN. Memory: "
+        "what one pass needs beyond weights and images, over the baseline's.",
         "",
         "| model | baseline | dtype | size | pass | linear | malloc | measure | figure "
-        "| quartiles | bar |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| quartiles | bar | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in report["results"]:
         # In the figure's unit: a rate is the ratio times a constant.
@@ -247,6 +251,8 @@ def table(report: dict[str, Any]) -> str:
         baseline = r["baseline"] + (", compiled" if r["compile_baseline"] else "")
         cells = [r["model"], baseline, r["dtype"], r["size"], r["mode"], r["linear"], r["malloc"]]
         cells += [r["measure"], f"{r['figure']:.2f}", f"{low:.2f} to {high:.2f}", bar]
+        memory = r.get("model_bytes")
+        cells.append("" if memory is None else f"{memory / r['baseline_bytes']:.2f}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if report["sweeps"]:
         sizes = [row["size"] for row in next(iter(report["sweeps"].values()))["rows"]]

@@ -161,22 +161,25 @@ def _measured(records: Sequence[Any], speed: Mapping[str, Any]) -> list[str]:
     machine = speed["machine"]
     lines = [
         f"Measured on {machine['processor']}, torch {machine['torch']}, {machine['date']} "
-        "(`benchmarks/models.json`); the ratio is the baseline's time over the model's:",
+        "(`benchmarks/models.json`); the ratio is the baseline's time over the model's, memory "
+        "what one pass needs beyond weights and images:",
         "",
-        "| model | baseline | precision | size | batch | threads | ms | baseline ms | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | baseline | precision | size | batch | threads | ms | baseline ms | ratio "
+        "| MB | baseline MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [row.get(key, "") for key in ("model", "baseline", "dtype", "size", "batch")]
         cells += [row.get("threads", "")]
         cells += [_number(row.get(key), 1) for key in ("model_ms", "baseline_ms")]
         cells += [_number(row.get("ratio"), 2)]
+        cells += [_number(row.get(key), 0, 1e-6) for key in ("model_bytes", "baseline_bytes")]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, ""]
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int, factor: float = 1.0) -> str:
+    return "" if value is None else f"{factor * value:.{digits}f}"
 
 
 def _citation(records: Sequence[Any]) -> list[str]:
