@@ -74,6 +74,24 @@ def test_layer_decay_lowers_the_rate_towards_the_stem() -> None:
     assert found[-1] < 0.1 * found[0]
 
 
+def test_a_warm_up_in_updates_ends_inside_an_epoch() -> None:
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimOptions(lr=1e-4), images=1)
+    schedule = ScheduleOptions(
+        name="multistep",
+        epochs=12,
+        decay_milestones=[8, 11],
+        warmup_updates=500,
+        warmup_lr=1e-7,
+    )
+    scheduler, epochs = build_schedule(optimizer, schedule, updates_per_epoch=7330, factor=1.0)
+    assert epochs == 12
+    found = []
+    for update in (0, 250, 500, 8 * 7330 - 2, 8 * 7330, 11 * 7330, 12 * 7330):
+        scheduler.step_update(update)
+        found.append(optimizer.param_groups[0]["lr"])
+    assert found == pytest.approx([1e-7, 5.005e-5, 1e-4, 1e-4, 1e-5, 1e-6, 1e-6])
+
+
 def test_what_cannot_be_is_refused() -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(InputError, match="no trainable parameter matches 'ofset'"):
@@ -81,7 +99,13 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(InputError, match="unknown optimiser"):
         build_optimizer(model, OptimOptions(name="adamm"), images=1)
     optimizer = build_optimizer(model, OptimOptions(), images=1)
-    for options in (ScheduleOptions(name="cosin"), ScheduleOptions(epochs=3, warmup_epochs=3)):
+    for options in (
+        ScheduleOptions(name="cosin"),
+        ScheduleOptions(epochs=3, warmup_epochs=3),
+        ScheduleOptions(epochs=3, warmup_updates=6),
+        ScheduleOptions(epochs=3, warmup_epochs=1, warmup_updates=2),
+        ScheduleOptions(epochs=3, warmup_updates=2, by="epoch"),
+    ):
         with pytest.raises(InputError):
             build_schedule(optimizer, options, updates_per_epoch=2, factor=1.0)
     model.requires_grad_(False)

@@ -115,13 +115,9 @@ def build_schedule(
         factor: what `warmup_lr` and `min_lr` are multiplied with.
 
     Raises:
-        InputError: unknown schedule.
+        InputError: unknown schedule, a warm-up that cannot be.
     """
-    if options.warmup_epochs >= options.epochs > 0 and options.warmup_epochs:
-        raise InputError(
-            f"schedule.warmup_epochs={options.warmup_epochs} leaves nothing of "
-            f"schedule.epochs={options.epochs}"
-        )
+    warmup = _warmup(options, updates_per_epoch)
     if options.name not in SCHEDULES:
         raise InputError(
             f"unknown schedule schedule.name={options.name}; known: {', '.join(SCHEDULES)}"
@@ -137,9 +133,27 @@ def build_schedule(
             cooldown_epochs=options.cooldown_epochs,
             min_lr=options.min_lr * factor,
             warmup_lr=options.warmup_lr * factor,
-            warmup_epochs=options.warmup_epochs,
+            # May be a part of an epoch: the rate changes with every update then.
+            warmup_epochs=warmup,
             step_on_epochs=options.by == "epoch",
             updates_per_epoch=updates_per_epoch,
         )
     except ValueError as error:
         raise InputError(f"schedule: {error}") from None
+
+
+def _warmup(options: ScheduleOptions, updates_per_epoch: int) -> float:
+    """Epochs of warm-up, whichever way the recipe gives them."""
+    warmup: float = options.warmup_epochs
+    given = f"warmup_epochs={warmup}"
+    if options.warmup_updates is not None:
+        given = f"warmup_updates={options.warmup_updates}"
+        if options.warmup_epochs or options.by == "epoch":
+            raise InputError(
+                f"schedule.{given} takes the place of schedule.warmup_epochs, and needs "
+                "schedule.by=update"
+            )
+        warmup = options.warmup_updates / updates_per_epoch
+    if warmup and warmup >= options.epochs > 0:
+        raise InputError(f"schedule.{given} leaves nothing of schedule.epochs={options.epochs}")
+    return warmup

@@ -177,14 +177,18 @@ def _readable(task: Task, source: Source, paths: Sequence[str]) -> list[Predicti
 def _print(results: Sequence[Any], top: int) -> None:
     from rich.table import Table
 
-    if not hasattr(results[0], "top"):
+    ranked = hasattr(results[0], "top")
+    if not ranked and not hasattr(results[0], "summary"):
         return
     table = Table(box=None, header_style="bold")
     table.add_column("image", overflow="fold")
-    table.add_column(f"best {top}" if top > 1 else "best")
+    table.add_column((f"best {top}" if top > 1 else "best") if ranked else "found")
     for result in results[:100]:
-        ranked = "  ".join(f"{one.label} {100 * one.score:.1f} %" for one in result.top[:top])
-        table.add_row(result.source or "", ranked)
+        if ranked:
+            text = "  ".join(f"{one.label} {100 * one.score:.1f} %" for one in result.top[:top])
+        else:
+            text = result.summary()
+        table.add_row(result.source or "", text)
     console().print(table)
     if len(results) > 100:
         console().print(f"... and {len(results) - 100} more in the JSON file")

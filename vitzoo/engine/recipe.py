@@ -52,6 +52,7 @@ class ScheduleOptions:
         name: `cosine`, `step`, `multistep`, `poly`, `tanh`, ...
         epochs: to the end of the curve, warm-up included.
         warmup_epochs, warmup_lr: linear warm-up and where it starts.
+        warmup_updates: length of the warm-up in updates; `warmup_epochs` if None.
         cooldown_epochs: more epochs at `min_lr`.
         min_lr: the curve's floor.
         decay_epochs, decay_milestones, decay_rate: of the stepwise schedules.
@@ -61,6 +62,7 @@ class ScheduleOptions:
     name: str = "cosine"
     epochs: int = 300
     warmup_epochs: int = 0
+    warmup_updates: int | None = None
     warmup_lr: float = 1e-6
     cooldown_epochs: int = 0
     min_lr: float = 1e-5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -29,11 +29,15 @@ class Report:
     Args:
         total: epochs.
         metric: the key that leads each line.
+        shown: keys of the metrics that it has; all if empty.
         enabled: whether to print at all.
     """
 
-    def __init__(self, total: int, metric: str, *, enabled: bool = True) -> None:
+    def __init__(
+        self, total: int, metric: str, *, shown: Sequence[str] = (), enabled: bool = True
+    ) -> None:
         self.total, self.metric, self.enabled = total, metric, enabled
+        self.shown = tuple(shown)
         self.console = console() if enabled else None
         self._bar: Any = None
         self._task: Any = None
@@ -97,14 +101,17 @@ class Report:
         self._shown = now
         return True
 
+    def chosen(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics that a line has, the leading one first."""
+        keys = dict.fromkeys([self.metric, *(self.shown or metrics)])
+        return {key: metrics[key] for key in keys if key in metrics}
+
     def epoch(self, facts: Mapping[str, Any]) -> None:
         """The line of a finished epoch."""
         number = facts["epoch"] + 1
         width = len(str(self.total))
         parts = [f"epoch {number:>{width}}/{self.total}", f"train loss {facts['train_loss']:.4f}"]
-        keys = [self.metric, *(key for key in facts.get("metrics", {}) if key != self.metric)]
-        for key in keys:
-            if key in facts.get("metrics", {}):
-                parts.append(f"{key} {facts['metrics'][key]:.{4 if key == 'loss' else 2}f}")
+        for key, value in self.chosen(facts.get("metrics", {})).items():
+            parts.append(f"{key} {value:.{4 if key == 'loss' else 2}f}")
         parts += [f"lr {facts['lr']:.2e}", f"{facts['samples_per_second']:.0f} samples/s"]
         self.line("  ".join(parts))

@@ -243,7 +243,8 @@ class Trainer:
     def run(self) -> Summary:
         """Train to the last epoch."""
         main = self.accelerator.is_main_process
-        with Report(self.epochs, self.task.metric, enabled=main) as report:
+        shown = self.task.shown
+        with Report(self.epochs, self.task.metric, shown=shown, enabled=main) as report:
             self._greet(report)
             while self.progress.epoch < self.epochs:
                 started = time.monotonic()
@@ -252,8 +253,11 @@ class Trainer:
                 self._end_epoch(report, started - before)
             kept = self._kept()
             metrics = kept.get("metrics", {})
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-            report.line(f"done: epoch {kept['epoch'] + 1} kept ({shown}); see {self.folder.root}/")
+            chosen = report.chosen(metrics).items()
+            figures = ", ".join(f"{key} {value:.4g}" for key, value in chosen)
+            report.line(
+                f"done: epoch {kept['epoch'] + 1} kept ({figures}); see {self.folder.root}/"
+            )
         self.accelerator.wait_for_everyone()
         return Summary(self.folder, metrics, kept["epoch"])
 

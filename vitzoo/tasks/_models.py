@@ -15,6 +15,7 @@ from torch import nn
 from vitzoo.backbones import list_models
 from vitzoo.errors import InputError
 from vitzoo.zoo import formats
+from vitzoo.zoo.files import check_weights
 
 
 @dataclass(kw_only=True)
@@ -127,6 +128,23 @@ def classes_in(path: Path, name: str) -> int | None:
     """
     config = timm.get_pretrained_cfg(name)
     return formats.classes_in(formats.read_weights(path), config.classifier if config else None)
+
+
+def backbone_weights(options: Any, *, pretrained: bool) -> tuple[bool, dict[str, Any]]:
+    """Whether to load weights into a backbone under a head, and timm's argument that says which.
+
+    Args:
+        options: a `model` section with `pretrained` and `checkpoint`.
+        pretrained: whether the model starts from them at all.
+
+    Raises:
+        InputError: `checkpoint` is no file of plain tensors.
+    """
+    if not pretrained or options.checkpoint is None:
+        return pretrained and options.pretrained, {}
+    path = Path(options.checkpoint).expanduser()
+    check_weights(path)
+    return True, {"pretrained_cfg_overlay": {"file": str(path)}}
 
 
 def refused_pickle(path: str) -> InputError:

@@ -117,6 +117,7 @@ class Task(ABC):
             dataclass with defaults; `model` and `data` (a `DataOptions`) must be among them.
         metric: key of `evaluate`'s result that selects the best checkpoint, and leads in logs.
         maximise: whether more of `metric` is better.
+        shown: keys of the metrics that an epoch's line has; all if empty. The log has all.
         endings: of the files that `predict` takes from a folder; those of images if empty.
         labels: class names in the order of the model's outputs.
         model: what steps and evaluation run; set by the engine.
@@ -126,6 +127,7 @@ class Task(ABC):
     options_type: ClassVar[type]
     metric: ClassVar[str]
     maximise: ClassVar[bool] = True
+    shown: ClassVar[tuple[str, ...]] = ()
     endings: ClassVar[tuple[str, ...]] = ()
 
     model: nn.Module

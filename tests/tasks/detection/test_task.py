@@ -24,7 +24,8 @@ from vitzoo.engine.train import train
 from vitzoo.errors import InputError
 from vitzoo.tasks import task_class
 from vitzoo.tasks.contract import UnreadableSample
-from vitzoo.tasks.detection.coco import CocoImages, mirror
+from vitzoo.tasks.detection.augment import crop, mirror
+from vitzoo.tasks.detection.coco import CocoImages
 from vitzoo.tasks.detection.metrics import coco_metrics, coco_results
 from vitzoo.tasks.scenes import build_scenes
 from vitzoo.tasks.scenes.build import CATEGORY_IDS
@@ -63,9 +64,14 @@ def opened(root: Path, **kwargs: Any) -> CocoImages:
     return CocoImages(file, root / "images" / "val", **{"masks": True, **kwargs})
 
 
-def test_a_run_its_figures_and_its_predictions(root: Path, tmp_path: Path) -> None:
+def test_a_run_its_figures_and_its_predictions(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = merge(TINY, [f"data.root={root}", f"run.folder={tmp_path}", "run.name=tiny"])
     summary = train(recipe)
+    shown = capsys.readouterr().out
+    assert "mask_AP50" in shown
+    assert "box_AR1" not in shown
     assert {"box_AP", "box_AP50", "mask_AP", "mask_AP50"} <= set(summary.metrics)
     run = str(tmp_path / "tiny")
     assert evaluate(run) == evaluate(run) == summary.metrics
@@ -78,6 +84,9 @@ def test_a_run_its_figures_and_its_predictions(root: Path, tmp_path: Path) -> No
     for one in given["objects"]:
         assert one["category_id"] in CATEGORY_IDS
         assert sum(one["segmentation"]["counts"]) == 192 * 256
+    counts = [int(part.split()[0]) for part in from_file.summary(min_score=0.0).split(", ")]
+    assert sum(counts) == len(given["objects"])
+    assert from_file.summary(min_score=2.0) == "nothing with a score of 2 or more"
     drawn = from_file.draw(side=256, min_score=0.0)
     assert drawn.size == (256, 192)
     assert np.abs(np.asarray(drawn).astype(int) - np.asarray(Image.open(path))).max() > 20
@@ -128,6 +137,31 @@ def test_flipped_masks_stay_in_their_boxes(root: Path) -> None:
     assert all(torch.equal(sample[key], value) for key, value in before.items())
 
 
+def test_a_window_keeps_what_it_shows(root: Path) -> None:
+    data = opened(root)
+    seen = set()
+    for seed in range(8):
+        sample = data[seed % len(data)]
+        whole = {key: value.clone() for key, value in sample.items() if key != "image_id"}
+        torch.manual_seed(seed)
+        crop(sample)
+        height, width = sample["image"].shape[-2:]
+        seen.add((height, width))
+        # DETR's 384 of 600 to 600 of 400, here of the 192 and 256 that scenes have.
+        assert 0.64 * 192 - 1 <= height <= 192
+        assert 0.64 * 192 - 1 <= width <= 256
+        assert sample["masks"].shape == (len(sample["boxes"]), height, width)
+        assert len(sample["labels"]) == len(sample["boxes"]) <= len(whole["boxes"])
+        for box, mask in zip(sample["boxes"].int().tolist(), sample["masks"], strict=True):
+            x0, y0, x1, y1 = box
+            assert 0 <= x0 < x1 <= width
+            assert 0 <= y0 < y1 <= height
+            assert mask.sum() == mask[y0:y1, x0:x1].sum()
+        windows = whole["image"].unfold(1, height, 1).unfold(2, width, 1)
+        assert (windows == sample["image"][:, None, None]).flatten(3).all(3).all(0).any()
+    assert len(seen) > 4
+
+
 def _broken(root: Path, folder: Path, change: Any) -> CocoImages:
     shutil.copytree(root, folder)
     file = folder / "annotations" / "instances_val.json"
@@ -147,6 +181,8 @@ def _set(**values: Any) -> Any:
         (_set(bbox=[5, 5, 0, 9]), "has no area"),
         (_set(bbox=[250, 5, 20, 9]), "outside the image of 256 x 192"),
         (_set(category_id=8), "category id 8 is none of the file's: 3, 7, 18, 44, 90"),
+        (_set(bbox=["a", 5, 4, 9]), "is not four numbers"),
+        (_set(bbox=[float("nan"), 5, 4, 9]), "is not four numbers"),
         (_set(segmentation={"size": [10, 20], "counts": [200]}), "mask is 20 x 10, the image 256"),
         (lambda c: c["images"][0].update(file_name="gone.png"), "gone.png: no such file"),
     ],
@@ -159,6 +195,31 @@ def test_bad_data_says_what_and_where(
         data[0]
     assert "000000.png" in str(caught.value) or "gone.png" in str(caught.value)
     data[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["images"][0].pop("file_name"), r"images\[0\] has no 'file_name'"),
+        (lambda c: c["annotations"][1].pop("image_id"), r"annotations\[1\] has no 'image_id'"),
+        (lambda c: c["categories"][0].pop("name"), r"categories\[0\] has no 'name'"),
+        (lambda c: c["categories"][0].update(id=7), "id 7 twice among its categories"),
+        (lambda c: c["images"].clear(), "lists no images"),
+        (lambda c: c.pop("annotations"), "has no list 'annotations'"),
+    ],
+)
+def test_a_file_that_is_not_cocos_form(
+    root: Path, tmp_path: Path, change: Any, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        _broken(root, tmp_path / "broken", change)
+
+
+def test_annotations_of_unlisted_images_are_counted(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _broken(root, tmp_path / "broken", _set(image_id=999))
+    assert "1 annotations are of images that it does not list" in caplog.text
 
 
 def test_training_stops_or_goes_on_and_uses_images_without_objects(

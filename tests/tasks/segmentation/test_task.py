@@ -83,6 +83,7 @@ def test_a_run_is_evaluated_twice_to_equal_numbers_and_draws(tmp_path: Path) -> 
     assert (labels == result.mask).all()
     assert sum(entry["pixels"] for entry in written["classes"]) == 41 * 54
     assert result.draw(side=100).size[0] == 100
+    assert result.summary().count("%") == len(written["classes"])
     assert (np.asarray(result.mask_image()) == result.mask).all()
     (again,) = vitzoo.predict(tmp_path / "run", Image.open(image), ["inference.mode=slide"])
     assert again.mask.shape == (41, 54)

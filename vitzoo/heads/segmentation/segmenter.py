@@ -55,8 +55,9 @@ class Segmenter(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """The backbone's parameters without weight decay, under their names here."""
-        exempt = self.backbone.model.no_weight_decay()  # type: ignore[operator]
-        return {f"backbone.body.model.{name}" for name in exempt}
+        # Not all of timm's models have any.
+        own: Any = getattr(self.backbone.model, "no_weight_decay", set)
+        return {f"backbone.body.model.{name}" for name in own()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layer groups of the backbone; decoder and classifiers are the last group."""

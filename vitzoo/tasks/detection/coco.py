@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+import logging
+import math
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import hflip, pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from vitzoo.errors import InputError
 from vitzoo.tasks.contract import UnreadableSample
+from vitzoo.tasks.detection.augment import Sample, crop, mirror
 from vitzoo.tasks.pictures import open_image
 
-Sample = dict[str, Any]
+logger = logging.getLogger("vitzoo.data")
 
 
 class CocoImages(Dataset[Sample]):
@@ -32,6 +35,7 @@ class CocoImages(Dataset[Sample]):
         masks: also read masks.
         first: keep only the first n images.
         flip: probability of the mirror image.
+        crop: probability of a random window.
 
     Raises:
         InputError: no such file, or not COCO's form; the message says what is missing.
@@ -45,9 +49,17 @@ class CocoImages(Dataset[Sample]):
         masks: bool,
         first: int | None = None,
         flip: float = 0.0,
+        crop: float = 0.0,
     ) -> None:
-        self.path, self.folder, self.masks, self.flip = annotations, images, masks, flip
+        self.path, self.folder, self.masks = annotations, images, masks
+        self.flip, self.crop = flip, crop
         content = _read(annotations)
+        known = {one["id"] for one in content["images"]}
+        strays = sum(one["image_id"] not in known for one in content["annotations"])
+        if strays:
+            logger.warning(
+                "%s: %d annotations are of images that it does not list", self.path, strays
+            )
         self.categories = sorted(content["categories"], key=lambda one: one["id"])
         self.images = content["images"][:first]
         self.by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
@@ -102,6 +114,8 @@ class CocoImages(Dataset[Sample]):
             sample["masks"] = torch.from_numpy(joined)
         if self.flip and torch.rand(()).item() < self.flip:
             mirror(sample)
+        if self.crop and torch.rand(()).item() < self.crop:
+            crop(sample)
         return sample
 
     def _label(self, one: dict[str, Any], where: str) -> int:
@@ -114,14 +128,12 @@ class CocoImages(Dataset[Sample]):
             ) from None
 
 
-def mirror(sample: Sample) -> None:
-    """Exchange left and right of an image and its objects, in place."""
-    sample["image"] = hflip(sample["image"])
-    x0, y0, x1, y1 = sample["boxes"].unbind(1)
-    width = sample["image"].shape[-1]
-    sample["boxes"] = torch.stack([width - x1, y0, width - x0, y1], dim=1)
-    if "masks" in sample:
-        sample["masks"] = sample["masks"].flip(-1)
+# What an entry of each list cannot be without; the rest is looked at when its image is read.
+_WANTED = {
+    "images": ("id", "file_name"),
+    "annotations": ("image_id",),
+    "categories": ("id", "name"),
+}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -131,11 +143,19 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
-    for key in ("images", "annotations", "categories"):
+    for key, wanted in _WANTED.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise InputError(f"{path} is not COCO's form: it has no list {key!r}")
-    if not content["categories"]:
-        raise InputError(f"{path} names no categories")
+        for i, one in enumerate(content[key]):
+            missing = [name for name in wanted if not isinstance(one, dict) or name not in one]
+            if missing:
+                raise InputError(f"{path} is not COCO's form: {key}[{i}] has no {missing[0]!r}")
+    for key in ("images", "categories"):
+        if not content[key]:
+            raise InputError(f"{path} lists no {key}")
+        twice = [one for one, count in Counter(c["id"] for c in content[key]).items() if count > 1]
+        if twice:
+            raise InputError(f"{path} has id {twice[0]} twice among its {key}")
     return content
 
 
@@ -144,6 +164,8 @@ def _box(one: dict[str, Any], size: tuple[int, int], where: str) -> list[float]:
     given = one.get("bbox")
     if not isinstance(given, list) or len(given) != 4:
         raise UnreadableSample(where, f"its box {given} is not [x, y, width, height]")
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in given):
+        raise UnreadableSample(where, f"its box {given} is not four numbers")
     x, y, width, height = (float(value) for value in given)
     if not (width > 0 and height > 0):
         raise UnreadableSample(where, f"its box {given} has no area")

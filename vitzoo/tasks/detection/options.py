@@ -16,6 +16,7 @@ class DetectorOptions:
         name: a backbone of the zoo or of timm, with or without a weight tag.
         head: `retinanet`, `fcos`, `faster_rcnn` or `mask_rcnn`.
         pretrained: start the backbone from its published weights.
+        checkpoint: start the backbone from this file instead, the zoo's, timm's or the authors'.
         drop_path_rate: stochastic depth.
         args: the backbone's other arguments (`window_size`, `dilations`, ...).
         channels: of the FPN and the heads.
@@ -28,6 +29,7 @@ class DetectorOptions:
     name: str = "???"  # OmegaConf's mark of a value that must be given
     head: str = "mask_rcnn"
     pretrained: bool = False
+    checkpoint: str | None = None
     drop_path_rate: float | None = None
     args: dict[str, Any] = field(default_factory=dict)
     channels: int = 256
@@ -70,9 +72,11 @@ class DetectionAugmentOptions:
 
     Attributes:
         hflip: probability of the mirror image.
+        crop: probability of a random window, as DETR's training cuts it.
     """
 
     hflip: float = 0.5
+    crop: float = 0.0
 
 
 @dataclass(kw_only=True)

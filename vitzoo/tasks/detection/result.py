@@ -63,6 +63,12 @@ class Objects:
             "objects": objects,
         }
 
+    def summary(self, *, min_score: float = 0.5) -> str:
+        """How many objects of each class have at least `min_score`, such as `2 coin, 1 bag`."""
+        sure = self.indices[self.scores >= min_score].tolist()
+        found = [f"{sure.count(i)} {self.labels[i]}" for i in dict.fromkeys(sure)]
+        return ", ".join(found) or f"nothing with a score of {min_score:g} or more"
+
     def draw(self, *, side: int = 512, min_score: float = 0.5) -> Image.Image:
         """The image with boxes, masks, labels and scores.
 
@@ -85,7 +91,8 @@ class Objects:
             draw.rectangle((x0, y0, x1, y1), outline=self._colour(i), width=2)
             index = int(self.indices[i])
             caption = f"{self.labels[index]} {100 * float(self.scores[i]):.0f}"
-            place = (x0 + 2, max(0.0, y0 - side / 30))
+            right = picture.width - draw.textlength(caption, font=font) - 2
+            place = (max(0.0, min(x0 + 2, right)), max(0.0, y0 - side / 30))
             draw.rectangle(draw.textbbox(place, caption, font=font), fill=self._colour(i))
             draw.text(place, caption, fill="black", font=font)
         return picture

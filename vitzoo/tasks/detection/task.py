@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from vitzoo.errors import InputError
 from vitzoo.heads.detection import HEADS, build_detector
-from vitzoo.tasks._models import freeze, known_name
+from vitzoo.tasks._models import backbone_weights, freeze, known_name, refused_pickle
 from vitzoo.tasks.contract import Batch, Task, TaskData
 from vitzoo.tasks.detection.coco import CocoImages
 from vitzoo.tasks.detection.metrics import coco_metrics, coco_results
@@ -40,6 +40,7 @@ class DetectionTask(Task):
 
     options_type: ClassVar[type] = DetectionOptions
     metric: ClassVar[str] = "box_AP"
+    shown: ClassVar[tuple[str, ...]] = ("box_AP", "box_AP50", "mask_AP", "mask_AP50")
 
     options: DetectionOptions
 
@@ -83,7 +84,7 @@ class DetectionTask(Task):
         return TaskData(train=train_set, val=self.val, labels=self.val.labels, collate=collate)
 
     def _open(self, split: str) -> CocoImages:
-        data = self.options.data
+        data, augment = self.options.data, self.options.augment
         annotations = data.train_annotations if split == "train" else data.val_annotations
         images = data.train_images if split == "train" else data.val_images
         if data.source == "coco":
@@ -98,7 +99,8 @@ class DetectionTask(Task):
             root / images,
             masks=self.has_masks,
             first=data.train_first if split == "train" else data.val_first,
-            flip=self.options.augment.hflip if split == "train" else 0.0,
+            flip=augment.hflip if split == "train" else 0.0,
+            crop=augment.crop if split == "train" else 0.0,
         )
 
     def build_model(self, *, pretrained: bool = True) -> nn.Module:
@@ -107,12 +109,14 @@ class DetectionTask(Task):
         arguments = dict(options.args)
         if options.drop_path_rate is not None:
             arguments["drop_path_rate"] = options.drop_path_rate
+        load, weights = backbone_weights(options, pretrained=pretrained)
+        arguments |= weights
         try:
             detector = build_detector(
                 options.name,
                 head=options.head,
                 num_classes=len(self.labels),
-                pretrained=pretrained and options.pretrained,
+                pretrained=load,
                 channels=options.channels,
                 anchor_sizes=options.anchor_sizes or None,
                 backbone=arguments,
@@ -122,8 +126,11 @@ class DetectionTask(Task):
             )
         except InputError:
             raise
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"cannot build the detector: {error}") from error
+        except (TypeError, ValueError, RuntimeError, OSError, KeyError) as error:
+            text = " ".join(str(error).split())
+            if load and "weights_only" in text:
+                raise refused_pickle(options.checkpoint or options.name) from None
+            raise InputError(f"cannot build the detector: {text[:600]}") from error
         ids = self.category_ids or list(range(1, len(self.labels) + 1))
         detector.register_buffer("category_ids", torch.tensor(ids))
         self.frozen = freeze(

@@ -65,6 +65,11 @@ class LabelMap:
             "runs": np.stack([flat[starts], lengths], 1).tolist(),
         }
 
+    def summary(self) -> str:
+        """The classes of largest area, such as `road 61.3 %, car 4.1 %`."""
+        largest = self.to_dict()["classes"][:5]
+        return ", ".join(f"{one['label']} {100 * one['share']:.1f} %" for one in largest)
+
     def mask_image(self) -> Image.Image:
         """The label numbers as a picture with a palette, for a PNG file."""
         wide = Image.fromarray(self.mask.astype(np.uint8 if len(self.labels) <= 256 else np.int32))

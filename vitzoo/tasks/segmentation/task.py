@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from vitzoo.errors import InputError
 from vitzoo.heads.segmentation import HEADS, build_segmenter
-from vitzoo.tasks._models import freeze, known_name, refused_pickle
+from vitzoo.tasks._models import backbone_weights, freeze, known_name, refused_pickle
 from vitzoo.tasks.contract import Batch, Task, TaskData
 from vitzoo.tasks.pictures import image_of
 from vitzoo.tasks.segmentation.data import open_pairs
@@ -23,7 +22,6 @@ from vitzoo.tasks.segmentation.metrics import Confusion
 from vitzoo.tasks.segmentation.options import SegmentationOptions
 from vitzoo.tasks.segmentation.result import LabelMap, palette_of
 from vitzoo.tasks.segmentation.transforms import Preparation, TrainingPairs, WholePairs, as_lists
-from vitzoo.zoo.files import check_weights
 
 
 class SegmentationTask(Task):
@@ -31,6 +29,7 @@ class SegmentationTask(Task):
 
     options_type: ClassVar[type] = SegmentationOptions
     metric: ClassVar[str] = "mIoU"
+    shown: ClassVar[tuple[str, ...]] = ("mIoU", "pixel_accuracy", "mean_accuracy")
 
     options: SegmentationOptions
 
@@ -79,12 +78,8 @@ class SegmentationTask(Task):
     def build_model(self, *, pretrained: bool = True) -> nn.Module:
         """The segmenter for `self.labels`, frozen as the recipe says."""
         options = self.options.model
-        arguments = dict(options.args)
-        if pretrained and options.checkpoint is not None:
-            path = Path(options.checkpoint).expanduser()
-            check_weights(path)
-            arguments["pretrained_cfg_overlay"] = {"file": str(path)}
-        load = pretrained and (options.pretrained or options.checkpoint is not None)
+        load, weights = backbone_weights(options, pretrained=pretrained)
+        arguments = options.args | weights
         try:
             model = build_segmenter(
                 options.name,
