@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-all test-mmseg checks-table proof check bench cards explorer
+.PHONY: setup demo test test-all test-mmseg test-natten checks-table proof check bench cards explorer
 
 setup: .setup-done
 
@@ -59,3 +59,14 @@ explorer: setup
 
 test-mmseg: .mmseg-done
 	OMP_NUM_THREADS=1 .venv-mmseg/bin/python -m pytest tests/integrations
+
+# natten is built where it is installed, without kernels if there is no CUDA compiler.
+.natten-done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-natten
+	.venv-natten/bin/python -m pip install --quiet --upgrade pip setuptools wheel
+	.venv-natten/bin/python -m pip install --quiet -c constraints.txt -e . pytest
+	.venv-natten/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[natten]"
+	touch $@
+
+test-natten: .natten-done
+	OMP_NUM_THREADS=1 .venv-natten/bin/python -m pytest tests/integrations/test_natten.py

@@ -16,8 +16,9 @@ FOLDER = Path(__file__).parent / "triton_interpreter"
 Q = torch.zeros(1, 4, 4, 1, 16)
 
 
-def test_import_brings_no_triton_kernels() -> None:
+def test_import_brings_no_kernels_and_no_optional_package() -> None:
     code = "import sys, vitzoo; assert not [m for m in sys.modules if 'vitzoo.ops._triton' in m]"
+    code += "; assert not {'natten', 'xformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -28,6 +29,7 @@ def test_import_brings_no_triton_kernels() -> None:
         ("window_attention", {"window_size": 4}),
         ("halo_attention", {"block_size": 4, "halo_size": 1}),
         ("neighborhood_attention", {"kernel_size": (3, 3)}),
+        ("routed_attention", {"regions": torch.zeros(1, 1, 1).long(), "region_grid": (1, 1)}),
     ],
 )
 def test_forced_without_a_gpu_says_why(operator: str, options: dict) -> None:
@@ -37,12 +39,29 @@ def test_forced_without_a_gpu_says_why(operator: str, options: dict) -> None:
     assert found.select(Q, Q, Q, **options).name != "triton"
 
 
-@pytest.mark.parametrize("file", sorted(path.stem for path in FOLDER.glob("test_*.py")))
-def test_interpreter(file: str) -> None:
-    """In a process of their own: see the folder's conftest."""
+def run_interpreter(which: str) -> None:
+    """The folder's tests of one marker, in a process of their own: see its conftest."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--show-capture=no"]
-    command += ["-p", "no:xdist", "-p", "no:cacheprovider", str(FOLDER / f"{file}.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--no-header",
+        "--show-capture=no",
+        "-m",
+        which,
+    ]
+    command += ["-p", "no:xdist", "-p", "no:cacheprovider", str(FOLDER)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_interpreter() -> None:
+    run_interpreter("not slow")
+
+
+@pytest.mark.slow
+def test_interpreter_further_cases() -> None:
+    run_interpreter("slow")

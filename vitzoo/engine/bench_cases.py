@@ -137,7 +137,7 @@ def _gather_halo(
 
 
 def _gather_neighbors(
-    q: Tensor, k: Tensor, v: Tensor, *, kernel_size: int, bias: Tensor
+    q: Tensor, k: Tensor, v: Tensor, *, kernel_size: int, bias: Tensor | None = None
 ) -> Gathered:
     """Every query beside its own keys."""
     B, H, W, heads, _ = q.shape
@@ -145,8 +145,10 @@ def _gather_neighbors(
     xs, rows_x = neighbors(W, kernel_size, 1, q.device)
     at = (slice(None), ys[:, None, :, None], xs[None, :, None, :])
     keys, values = (t[at].flatten(3, 4).flatten(0, 2) for t in (k, v))
-    table = bias[:, rows_y[:, None, :, None], rows_x[None, :, None, :]].flatten(3).flatten(1, 2)
-    table = table.transpose(0, 1)[:, :, None].repeat(B, 1, 1, 1)
+    table = None
+    if bias is not None:
+        table = bias[:, rows_y[:, None, :, None], rows_x[None, :, None, :]].flatten(3).flatten(1, 2)
+        table = table.transpose(0, 1)[:, :, None].repeat(B, 1, 1, 1)
     return q.reshape(-1, 1, heads, q.shape[-1]), keys, values, table, lambda out: out.view(v.shape)
 
 
@@ -223,13 +225,21 @@ def halo(H: int, W: int, *, heads: int = 8, d: int = 16, batch: int = 1, **bars:
 
 
 def neighborhood(
-    H: int, W: int, *, heads: int = 2, d: int = 32, batch: int = 1, **bars: float
+    H: int,
+    W: int,
+    *,
+    heads: int = 2,
+    d: int = 32,
+    batch: int = 1,
+    biased: bool = True,
+    **bars: float,
 ) -> Case:
-    """Kernel 7 with a bias table, as in NAT."""
+    """Kernel 7, with a bias table as in NAT, or without as in natten."""
+    table = {"bias": (heads, 13, 13)} if biased else {}
     return Case(
         operator="neighborhood_attention",
-        label=f"{batch} x {H}x{W}, kernel 7, bias, {heads} heads of {d}",
-        shapes=_qkv(batch, H, W, heads, d) | {"bias": (heads, 13, 13)},
+        label=f"{batch} x {H}x{W}, kernel 7, {'bias, ' * biased}{heads} heads of {d}",
+        shapes=_qkv(batch, H, W, heads, d) | table,
         settings={"kernel_size": 7},
         tokens=batch * H * W,
         bars={("eager", direction): bar for direction, bar in bars.items()},

@@ -25,12 +25,19 @@ from vitzoo.ops import OPERATORS, _proven
 DTYPES = ("float32", "float16", "bfloat16")
 # Backends that run on a GPU; the portable one is what kernels have to beat.
 BACKENDS = ("triton", "portable")
+# Packages that compute the same, timed where they are installed and no bias is asked of them.
+RIVALS = {
+    "neighborhood_attention": "natten",
+    "window_attention": "xformers",
+    "grouped_attention": "xformers",
+}
 # Layers of the families at 224 pixels (batch 32) and at 512 (batch 8).
 TIMED: dict[str, tuple[Case, ...]] = {
     "window": (cases.window(56, 56, batch=32), cases.window(128, 128, batch=8)),
     "halo": (cases.halo(64, 64, heads=4, batch=32),),
     "neighborhood": (
         cases.neighborhood(56, 56, batch=32),
+        cases.neighborhood(56, 56, batch=32, biased=False),
         cases.neighborhood(128, 128, batch=8),
     ),
     "routed": (
@@ -157,11 +164,13 @@ def flex_neighborhood(case: Case, leaves: dict[str, torch.Tensor]) -> Callable[[
 
 def _forms(case: Case, leaves: dict[str, torch.Tensor]) -> dict[str, Callable[[], torch.Tensor]]:
     backends = [name for name in BACKENDS if name in OPERATORS[case.operator].backends]
+    if case.operator in RIVALS and "bias" not in leaves:
+        backends.append(RIVALS[case.operator])
     written = [form for form in case.forms if form != "reference"]
     forms: dict[str, Callable[[], torch.Tensor]] = {
         name: partial(case.run, leaves, name) for name in (*backends, *written)
     }
-    if case.operator == "neighborhood_attention":
+    if case.operator == "neighborhood_attention" and "bias" in leaves:
         forms["flex"] = flex_neighborhood(case, leaves)
     q = leaves["q"]
     if q.dim() == 5 and q.shape[1] * q.shape[2] <= _DENSE_TOKENS:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitzoo.ops._half import widen_where_slow
+
 Border = Literal["zero", "mask", "constant"]
 Pair = tuple[Tensor, Tensor]
 
@@ -236,6 +238,7 @@ class _Scratch:
         return torch.softmax(scores, -1, out=scores)
 
 
+@widen_where_slow
 def halo_attention_portable(
     q: Tensor,
     k: Tensor,

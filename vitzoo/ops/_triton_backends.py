@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._kernels import lanes
-from vitzoo.ops._triton.library import rectangles
+from vitzoo.ops._triton.library import rectangles, tiles
+from vitzoo.ops.grouped import check_groups, group_spans
+from vitzoo.ops.routed import check_regions
 
 Pair = tuple[Tensor, Tensor]
 
@@ -74,7 +76,7 @@ def neighborhood_attention(
 ) -> Any:
     """`vitzoo.ops.neighborhood_attention` on maps; with `return_lse` also the log-sum-exp."""
     q, k, v = _prepare(q, k, v)
-    most = lanes(q.dtype)
+    most = lanes(q, v)
     sides = (1, most) if kernel_size[0] == 1 else (8, most // 8)
     axes: list[int] = []
     for side, kernel, step in zip(sides, kernel_size, dilation, strict=True):
@@ -123,3 +125,46 @@ def _terms(q: Tensor, table: Tensor, window: int, side: int, *, across: bool) ->
     products = q @ table.t()
     at = at[None, None, :, None] if across else at[None, :, None, None]
     return products.gather(-1, at.expand(*q.shape[:4], window)).contiguous()
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    regions: Tensor,
+    *,
+    region_grid: tuple[int, int],
+    weights: None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`vitzoo.ops.routed_attention` without weights; with `return_lse` also the log-sum-exp."""
+    check_regions(q, k, v, regions, region_grid)
+    q, k, v = _prepare(q, k, v)
+    lists = regions.int().contiguous()
+    out, lse = tiles(q, k, v, lists, None, None, list(region_grid), _scale(q, scale))
+    return (out, lse) if return_lse else out
+
+
+def grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group_size: int,
+    frame_offsets: Tensor,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`vitzoo.ops.grouped_attention`; with `return_lse` also the log-sum-exp (tokens, heads)."""
+    check_groups(q, group_size, frame_offsets)
+    q, k, v = _prepare(q, k, v)
+    first, past, reach = group_spans(frame_offsets, q.shape[0], group_size)
+    own = torch.arange(len(first), device=q.device)
+    # A group that is not full also attends to the end of the one before.
+    lists = torch.stack([own, torch.where(reach < first, own - 1, -1)], dim=1)
+    bounds = torch.stack([first, past]).int()
+    maps = (x[None, None] for x in (q, k, v))
+    grid, factor = [1, group_size], _scale(q, scale)
+    out, lse = tiles(*maps, lists[None].int(), bounds, reach.int(), grid, factor)
+    return (out[0, 0], lse[0, 0]) if return_lse else out[0, 0]

@@ -7,7 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._half import slow_products, widened
 from vitzoo.ops.attention_weights import attention_weights_reference
+
+# Up to so many keys, a training step is faster with products and a softmax that keeps its result.
+_FEW_KEYS = 64
 
 
 def attention_reference(
@@ -33,7 +37,13 @@ def attention_portable(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention, which picks its own kernel for the device."""
+    """torch's scaled_dot_product_attention, written out where its backward on the CPU is slow."""
+    if q.device.type == "cpu" and not torch.compiler.is_compiling() and _learns(q, k, v, bias):
+        if slow_products(q):
+            return widened(attention_portable, q, k, v, bias=bias, mask=mask, scale=scale)
+        learned_bias = bias is not None and bias.requires_grad
+        if q.dtype != torch.float32 or k.shape[1] <= _FEW_KEYS or learned_bias:
+            return attention_reference(q, k, v, bias=bias, mask=mask, scale=scale)
     attend = bias
     if mask is not None and bias is None and mask.device.type == "cpu" and q.dtype == torch.float32:
         attend = _minus_infinity(mask)
@@ -46,6 +56,10 @@ def attention_portable(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attend, scale=scale
     )
     return out.transpose(1, 2)
+
+
+def _learns(*given: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
 
 
 def _minus_infinity(mask: Tensor) -> Tensor:

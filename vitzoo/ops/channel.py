@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._half import widen_where_slow
 
 AxisScale = Literal["head_dim", "tokens"]
 
@@ -31,6 +32,7 @@ def channel_attention_reference(
     return torch.einsum("bhij,bnhj->bnhi", logits.softmax(-1).to(v.dtype), v)
 
 
+@widen_where_slow
 def channel_attention_portable(
     q: Tensor, k: Tensor, v: Tensor, *, axis_scale: AxisScale, scale: float | None = None
 ) -> Tensor:

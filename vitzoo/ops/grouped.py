@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._kernels import triton_backend
+from vitzoo.ops._optional import xformers_backend
 from vitzoo.ops.attention import attention_portable, attention_reference
 
 
-def _check(q: Tensor, group_size: int, frame_offsets: Tensor) -> None:
+def check_groups(q: Tensor, group_size: int, frame_offsets: Tensor) -> None:
+    """Raise ValueError where the arguments do not fit together."""
     if q.dim() != 3:
         raise ValueError(
             f"grouped_attention takes (tokens, heads, head_dim), got {q.dim()} dimensions"
@@ -35,7 +41,7 @@ def grouped_attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """One frame after the other, one group after the other."""
-    _check(q, group_size, frame_offsets)
+    check_groups(q, group_size, frame_offsets)
     out = v.new_empty(*q.shape[:2], v.shape[-1])
     for start, end in pairwise(frame_offsets.tolist()):
         for first in range(start, end, group_size):
@@ -48,13 +54,46 @@ def grouped_attention_reference(
     return out
 
 
+def _frames_of_groups(
+    frame_offsets: Tensor, tokens: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Frame and first token of every group, and the number of each frame's first group.
+
+    There are `tokens // group_size + frames` groups, a bound that follows from shapes alone, so
+    that nothing waits for the device; those past the last frame's begin past its end.
+    """
+    counts = frame_offsets.diff()
+    first_group = F.pad((counts + group_size - 1) // group_size, (1, 0)).cumsum(0)
+    groups = torch.arange(tokens // group_size + len(counts), device=frame_offsets.device)
+    frame = torch.searchsorted(first_group[1:], groups, right=True).clamp(max=len(counts) - 1)
+    return frame, frame_offsets[frame] + (groups - first_group[frame]) * group_size, first_group
+
+
+def group_spans(
+    frame_offsets: Tensor, tokens: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First query, one past the last query, and first key of every group.
+
+    Args:
+        frame_offsets: (frames + 1,) first token of each frame, and `tokens`.
+        tokens: tokens of all frames.
+        group_size: tokens of a group.
+
+    Returns:
+        Three of (tokens // group_size + frames,); groups that hold nothing end where they begin.
+    """
+    frame, first, _ = _frames_of_groups(frame_offsets, tokens, group_size)
+    past = torch.minimum(first + group_size, frame_offsets[frame + 1])
+    first = torch.minimum(first, past)
+    return first, past, torch.maximum(past - group_size, frame_offsets[frame])
+
+
 def group_tables(
     frame_offsets: Tensor, tokens: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Index tables between `tokens` tokens and their groups.
 
-    There are `tokens // group_size + frames` groups, a bound that follows from shapes alone, so
-    that nothing waits for the device; the groups past the last frame's are not read.
+    The groups past the last frame's are not read.
 
     Args:
         frame_offsets: (frames + 1,) first token of each frame, and `tokens`.
@@ -68,17 +107,13 @@ def group_tables(
     """
     device = frame_offsets.device
     counts = frame_offsets.diff()
-    first_group = torch.nn.functional.pad((counts + group_size - 1) // group_size, (1, 0)).cumsum(0)
-    groups = torch.arange(tokens // group_size + len(counts), device=device)
-    frame = torch.searchsorted(first_group[1:], groups, right=True).clamp(max=len(counts) - 1)
-    place = ((groups - first_group[frame]) * group_size)[:, None] + torch.arange(
-        group_size, device=device
-    )
+    frame, first, first_group = _frames_of_groups(frame_offsets, tokens, group_size)
+    start = frame_offsets[frame, None]
+    place = first[:, None] - start + torch.arange(group_size, device=device)
     # Slots past the end of a frame hold the tokens one group earlier.
     place = torch.where(place < counts[frame, None], place, place - group_size)
-    unused = groups >= first_group[-1]
-    holds = (place >= 0) | unused[:, None]
-    token_of_slot = (frame_offsets[frame, None] + place).clamp(0, tokens - 1)
+    holds = (place >= 0) | (first >= tokens)[:, None]
+    token_of_slot = (start + place).clamp(0, tokens - 1)
 
     token = torch.arange(tokens, device=device)
     frame = torch.searchsorted(frame_offsets[1:], token, right=True).clamp(max=len(counts) - 1)
@@ -101,9 +136,10 @@ def grouped_attention_portable(
     group_size: int,
     frame_offsets: Tensor,
     scale: float | None = None,
+    attend: Callable[..., Tensor] = attention_portable,
 ) -> Tensor:
     """Groups become the batch of one dense attention; the last group of a frame is filled up."""
-    _check(q, group_size, frame_offsets)
+    check_groups(q, group_size, frame_offsets)
     if q.shape[0] == 0:
         return v[:0]
     token_of_slot, holds, slot_of_token = group_tables(frame_offsets, q.shape[0], group_size)
@@ -112,13 +148,23 @@ def grouped_attention_portable(
     gathered = (
         t.index_select(0, token_of_slot.flatten()).unflatten(0, (-1, group_size)) for t in (q, k, v)
     )
-    out = attention_portable(*gathered, mask=mask, scale=scale)
+    out = attend(*gathered, mask=mask, scale=scale)
     return out.flatten(0, 1).index_select(0, slot_of_token)
+
+
+def _why_not_xformers(
+    q: Tensor, k: Tensor, v: Tensor, *, group_size: int, frame_offsets: Tensor, **_: Any
+) -> str | None:
+    if _small_frames(frame_offsets, group_size):
+        return "frames smaller than a group need a mask, and xformers is asked without."
+    return None
 
 
 GROUPED_ATTENTION = Operator(
     "grouped_attention",
     [
+        triton_backend("grouped_attention"),
+        xformers_backend(grouped_attention_portable, _why_not_xformers),
         Backend("portable", grouped_attention_portable),
         Backend("reference", grouped_attention_reference),
     ],
@@ -146,7 +192,7 @@ def grouped_attention(
         group_size: tokens of a group.
         frame_offsets: (frames + 1,) int64, the first token of each frame and, last, `tokens`.
         scale: factor on q k^T; head_dim ** -0.5 if None.
-        backend: `auto`, `portable` or `reference`.
+        backend: `auto`, `triton`, `xformers`, `portable` or `reference`.
 
     Returns:
         (tokens, heads, head_dim of v).

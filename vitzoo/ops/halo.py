@@ -119,7 +119,7 @@ def halo_attention(
             `mask`: nothing (U-HaloNet); `constant`: `fill`.
         fill: key and value (heads, head_dim) for border='constant'.
         scale: factor on q . k; head_dim ** -0.5 if None.
-        backend: `auto`, `portable` or `reference`.
+        backend: `auto`, `triton`, `portable` or `reference`.
 
     Returns:
         (B, ceil(H / stride), ceil(W / stride), heads, head_dim of v).

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._kernels import triton_backend
 from vitzoo.ops.attention import attention_portable, attention_reference
 
 Grid = tuple[int, int]
@@ -20,7 +21,8 @@ _MASKED_SHARE = 0.25
 _PIECE_BYTES = 16 << 20
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, regions: Tensor, region_grid: Grid) -> None:
+def check_regions(q: Tensor, k: Tensor, v: Tensor, regions: Tensor, region_grid: Grid) -> None:
+    """Raise ValueError where the arguments do not fit together."""
     rows, cols = region_grid
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 5:
@@ -65,7 +67,7 @@ def routed_attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """One query region after the other, its chosen regions picked out by number."""
-    _check(q, k, v, regions, region_grid)
+    check_regions(q, k, v, regions, region_grid)
     queries, keys, values = (split_regions(x, region_grid) for x in (q, k, v))
     image = torch.arange(q.shape[0], device=q.device)[:, None]
     out = []
@@ -94,7 +96,7 @@ def routed_attention_portable(
     scale: float | None = None,
 ) -> Tensor:
     """Masked over the whole map where that is small, else over regions picked by number."""
-    _check(q, k, v, regions, region_grid)
+    check_regions(q, k, v, regions, region_grid)
     if weights is not None:
         return _picked(q, k, v, regions, region_grid, scale, weights)
     if max(q.shape[1] * q.shape[2], k.shape[1] * k.shape[2]) <= _MASKED_TOKENS and (
@@ -216,9 +218,18 @@ def _pieces(queries: Tensor, numbers: Tensor, keys: Tensor) -> list[tuple[Tensor
     return list(zip(queries.split(size), numbers.split(size), strict=True))
 
 
+def _why_not_triton(
+    q: Tensor, k: Tensor, v: Tensor, *args: Any, weights: Tensor | None = None, **kwargs: Any
+) -> str | None:
+    if weights is not None:
+        return "its kernels take no weights of regions."
+    return None
+
+
 ROUTED_ATTENTION = Operator(
     "routed_attention",
     [
+        triton_backend("routed_attention", _why_not_triton),
         Backend("portable", routed_attention_portable),
         Backend("reference", routed_attention_reference),
     ],
@@ -251,7 +262,7 @@ def routed_attention(
         weights: (B, rows * cols, chosen), factors on the keys and values of each chosen region
             (soft routing); None for 1.
         scale: factor on q k^T; head_dim ** -0.5 if None.
-        backend: `auto`, `portable` or `reference`.
+        backend: `auto`, `triton`, `portable` or `reference`.
 
     Returns:
         (B, H, W, heads, head_dim of v).

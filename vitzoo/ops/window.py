@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._kernels import triton_backend
+from vitzoo.ops._optional import xformers_backend
 from vitzoo.ops._sides import crop, overhang, symbolic
 from vitzoo.ops.attention import attention_portable, attention_reference
 
@@ -105,6 +109,7 @@ def window_attention_portable(
     bias: Tensor | None = None,
     fill: Fill | None = None,
     scale: float | None = None,
+    attend: Callable[..., Tensor] = attention_portable,
 ) -> Tensor:
     """Windows become the batch of one dense attention; the map is padded where it must be."""
     _check(q, window_size, shift)
@@ -129,17 +134,36 @@ def window_attention_portable(
             k = _pad_constant(k, inside, fill[0], pads)
             v = _pad_constant(v, inside, fill[1], pads)
     full_H, full_W = q.shape[1:3]
-    out = attention_portable(
+    out = attend(
         *(split_windows(t, window_size) for t in (q, k, v)), bias=bias, mask=mask, scale=scale
     )
     out = join_windows(out, window_size, full_H, full_W)
     return crop(out, top, H, left, W) if padded else out
 
 
+def _why_not_xformers(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window_size: int,
+    shift: int = 0,
+    bias: Tensor | None = None,
+    fill: Fill | None = None,
+    **_: Any,
+) -> str | None:
+    if bias is not None:
+        return "xformers is asked without a bias only."
+    if fill is None and (shift or q.shape[1] % window_size or q.shape[2] % window_size):
+        return "partial windows without a fill need a mask, and xformers is asked without."
+    return None
+
+
 WINDOW_ATTENTION = Operator(
     "window_attention",
     [
         triton_backend("window_attention"),
+        xformers_backend(window_attention_portable, _why_not_xformers),
         Backend("portable", window_attention_portable),
         Backend("reference", window_attention_reference),
     ],
@@ -173,7 +197,7 @@ def window_attention(
             (heads, window_size^2, window_size^2).
         fill: key and value (heads, head_dim) of the positions outside the map; None masks them.
         scale: factor on q k^T; head_dim ** -0.5 if None.
-        backend: `auto`, `portable` or `reference`.
+        backend: `auto`, `triton`, `xformers`, `portable` or `reference`.
 
     Returns:
         (B, H, W, heads, head_dim of v).

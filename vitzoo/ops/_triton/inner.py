@@ -12,6 +12,19 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def offsets(image, y, x, head, strides):
+    """Offsets of rows in a map, in 64 bits: a batch of large maps passes 2^31 numbers."""
+    base = image.to(tl.int64) * strides[0] + head * strides[3]
+    return base + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def row_numbers(image, y, x, head, heads, H, W):
+    """Row numbers in a contiguous (B, H, W, heads) tensor, in 64 bits."""
+    return ((image.to(tl.int64) * H + y) * W + x) * heads + head
+
+
+@triton.jit
 def load_rows(start, rows, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """(rows, BLOCK) numbers at 64-bit offsets `rows`; zero where not valid or past WIDTH."""
     lanes = tl.arange(0, BLOCK)
@@ -62,6 +75,29 @@ def finish(total, top, out):
     # Lanes that hold no query divide by nothing.
     total = tl.where(total == 0, 1.0, total)
     return out / total[:, None], (base + tl.log2(total)) / LOG2_E
+
+
+@triton.jit
+def rows_of_output(saved, numbers, valid, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Log-sum-exp, out . d_out - d_lse, and d_out of queries; saved is (out, lse, both gradients).
+
+    Rows that are not valid get an infinite sum: their weights are zero.
+    """
+    out_map, lse_map, d_out_map, d_lse_map = saved
+    lse = tl.load(lse_map + numbers, mask=valid, other=float("inf"))
+    d_out = load_rows(d_out_map, numbers * DV, valid, DV, BLOCK_DV)
+    out = load_rows(out_map, numbers * DV, valid, DV, BLOCK_DV)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+    return lse, delta - tl.load(d_lse_map + numbers, mask=valid, other=0.0), d_out
+
+
+@triton.jit
+def rows_of_gradient(saved, numbers, valid, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """The same from (lse, d_out, delta), once `delta` is stored."""
+    lse_map, d_out_map, delta_map = saved
+    lse = tl.load(lse_map + numbers, mask=valid, other=float("inf"))
+    delta = tl.load(delta_map + numbers, mask=valid, other=0.0)
+    return lse, delta, load_rows(d_out_map, numbers * DV, valid, DV, BLOCK_DV)
 
 
 @triton.jit

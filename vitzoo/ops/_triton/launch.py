@@ -77,7 +77,8 @@ class Rectangles:
 
     def sizes(self, q: Tensor, k: Tensor) -> tuple[int, ...]:
         """The kernels' `sizes`."""
-        return (q.shape[3], *q.shape[1:3], *k.shape[1:3], *self.units(q))
+        keys = self.axes[0][5] * self.pitch
+        return (q.shape[3], *q.shape[1:3], *k.shape[1:3], *self.units(q), keys)
 
     def sides(self, *, of_keys: bool) -> tuple[int, int]:
         """Rows and columns of a unit of queries, or of the keys that no other unit holds."""
@@ -94,6 +95,11 @@ class Rectangles:
     def overlaps(self) -> bool:
         """Whether units share keys that are not regrouped (halos)."""
         return not self.neighbors and self.axes[0][5] > self.axes[0][1]
+
+
+def warps(constants: dict[str, Any], *, biased: bool) -> int:
+    """Warps of a program: so many that no architecture runs out of registers."""
+    return 8 if biased and constants["BLOCK_M"] * constants["BLOCK_N"] > 1024 else 4
 
 
 def sub_rectangle(sides: tuple[int, int], most: int) -> tuple[int, int]:
@@ -125,8 +131,19 @@ def _common(
     return strides, *maps, r.sizes(q, k), scale
 
 
-def _tile(r: Rectangles, q: Tensor) -> dict[str, Any]:
-    most = lanes(q.dtype)
+def _present(instead: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
+    """Kernels take some pointer where nothing will be read or written."""
+    return tuple(instead if x is None else x for x in given)
+
+
+def _given(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor | None]) -> Any:
+    """(q, k, v, bias), (row and column terms), (constant k and v)."""
+    bias, rows, columns, k_fill, v_fill = _present(q, *extras)
+    return (q, k, v, bias), (rows, columns), (k_fill, v_fill)
+
+
+def _tile(r: Rectangles, q: Tensor, v: Tensor) -> dict[str, Any]:
+    most = lanes(q, v)
     sub = sub_rectangle(r.sides(of_keys=False), most)
     keys = min(most, power_of_two(r.axes[0][5] * r.pitch))
     return {
@@ -143,9 +160,9 @@ def forward(
     out: Tensor, lse: Tensor, scale: float,
 ) -> Launch:  # fmt: skip
     """Launch of `rectangles.forward`; extras are bias, row and column terms, constant k and v."""
-    tile = _tile(r, q)
+    tile = _tile(r, q, v)
     grid = (_programs(q, r, r.sides(of_keys=False), tile["SUB"]),)
-    pointers = (q, k, v, *(q if x is None else x for x in extras), out, lse)
+    pointers = (*_given(q, k, v, extras), (out, lse))
     constants = {
         **tile,
         "NEIGHBORS": r.neighbors,
@@ -155,7 +172,8 @@ def forward(
         "BLOCK_W": power_of_two(r.axes[0][5]),
     }
     arguments = (pointers, *_common(r, q, k, v, extras[0], scale))
-    return Launch("rectangles", "forward", grid, arguments, constants, 4, 2)
+    count = warps(constants, biased=r.bias != NO_BIAS)
+    return Launch("rectangles", "forward", grid, arguments, constants, count, 2)
 
 
 @dataclass
@@ -175,7 +193,7 @@ class Gradients:
 
 def allocate(r: Rectangles, q: Tensor, k: Tensor, v: Tensor, terms: Tensor | None) -> Gradients:
     """Buffers for `queries` and `keys`."""
-    sub = _tile(r, q)["SUB"]
+    sub = _tile(r, q, v)["SUB"]
     programs = _programs(q, r, r.sides(of_keys=False), sub)
 
     def shares(*shape: int) -> Tensor:
@@ -201,11 +219,11 @@ def queries(
     saved: Sequence[Tensor], found: Gradients, scale: float,
 ) -> Launch:  # fmt: skip
     """Launch of `rectangles_backward.queries`; saved are out, lse and the two gradients."""
-    given = (q, k, v, *(q if x is None else x for x in extras))
-    buffers = (found.q, found.delta, found.rows, found.columns, found.table)
-    written = (*buffers, found.k_fill, found.v_fill)
-    pointers = (given, tuple(saved), tuple(q if x is None else x for x in written))
-    tile = _tile(r, q)
+    d_terms = _present(q, found.rows, found.columns)
+    shares = _present(q, found.table, found.k_fill, found.v_fill)
+    own = (found.q, found.delta)
+    pointers = (_given(q, k, v, extras), tuple(saved), own, d_terms, shares)
+    tile = _tile(r, q, v)
     constants = {
         **tile,
         "NEIGHBORS": r.neighbors,
@@ -219,7 +237,8 @@ def queries(
     }
     arguments = (pointers, *_common(r, q, k, v, extras[0], scale))
     grid = (_programs(q, r, r.sides(of_keys=False), tile["SUB"]),)
-    return Launch("rectangles_backward", "queries", grid, arguments, constants, 4, 1)
+    count = warps(constants, biased=r.bias != NO_BIAS)
+    return Launch("rectangles_backward", "queries", grid, arguments, constants, count, 1)
 
 
 @lru_cache(maxsize=256)
@@ -254,7 +273,7 @@ def keys(
     """Launch of `rectangles_backward.keys`."""
     sides = r.sides(of_keys=True)
     # Small tiles where units overlap: fewer of the queries of a neighbouring unit are of no use.
-    sub = sub_rectangle(sides, lanes(q.dtype))
+    sub = sub_rectangle(sides, lanes(q, v))
     if r.overlaps:
         sub = min(sides[0], 4), min(sides[1], 4)
     units = r.units(q)
@@ -262,11 +281,11 @@ def keys(
         _most_queries(r.axes[i], r.neighbors, units[i], sub[i], q.shape[1 + i], k.shape[1 + i])
         for i in range(2)
     ]
-    block = min(lanes(q.dtype), power_of_two(per_axis[0] * per_axis[1]))
+    most = per_axis[0] * per_axis[1]
+    block = min(lanes(q, v), power_of_two(most))
     constants = {
         "AXES": r.axes,
         "SUB": sub,
-        "CHUNKS": -(-per_axis[0] * per_axis[1] // block),
         "NEIGHBORS": r.neighbors,
         "BIAS": r.bias,
         **blocks(q, v),
@@ -274,11 +293,12 @@ def keys(
         "BLOCK_M": block,
         "BLOCK_N": power_of_two(sub[0] * sub[1]),
     }
-    given = (q, k, v, *(q if x is None else x for x in extras[:3]))
-    pointers = (given, (lse, d_out, found.delta, found.k, found.v))
-    arguments = (pointers, *_common(r, q, k, v, extras[0], scale))
+    maps, terms, _ = _given(q, k, v, extras)
+    pointers = (maps, terms, (lse, d_out, found.delta), (found.k, found.v))
+    arguments = (pointers, *_common(r, q, k, v, extras[0], scale), most)
     grid = (_programs(q, r, sides, sub),)
-    return Launch("rectangles_backward", "keys", grid, arguments, constants, 4, 1)
+    count = warps(constants, biased=r.bias != NO_BIAS)
+    return Launch("rectangles_backward", "keys", grid, arguments, constants, count, 1)
 
 
 def dense_bias(
@@ -286,7 +306,7 @@ def dense_bias(
     lse: Tensor, d_out: Tensor, delta: Tensor, scale: float,
 ) -> tuple[Launch, Tensor]:  # fmt: skip
     """Launch of `rectangles_backward.dense_bias`, and the shares (slots, heads, side^2, side^2)."""
-    tile = _tile(r, q)
+    tile = _tile(r, q, v)
     side, heads = r.axes[0][0], q.shape[3]
     down, across = r.units(q)
     count = q.shape[0] * down * across
@@ -294,9 +314,10 @@ def dense_bias(
     chunks = -(-side * r.pitch // tile["BLOCK_N"])
     slots = min(_SLOTS, count)
     shares = q.new_empty(slots, heads, side**2, side**2, dtype=torch.float32)
-    bias, _, _, k_fill, v_fill = (q if x is None else x for x in extras)
-    pointers = (q, k, v, bias, k_fill, v_fill, lse, d_out, delta, shares)
+    maps, _, fills = _given(q, k, v, extras)
+    pointers = (maps, fills, (lse, d_out, delta), shares)
     arguments = (pointers, *_common(r, q, k, v, extras[0], scale), count)
     constants = {**tile, "FILL": r.fill, **blocks(q, v)}
     grid = (heads * tiles, chunks, slots)
-    return Launch("rectangles_backward", "dense_bias", grid, arguments, constants, 4, 1), shares
+    call = ("rectangles_backward", "dense_bias", grid, arguments, constants)
+    return Launch(*call, warps(constants, biased=True), 1), shares

@@ -6,8 +6,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from vitzoo.ops._triton import launch
+from vitzoo.ops._triton import launch, tile_launch
 from vitzoo.ops._triton.launch import AXIAL, DENSE, NO_BIAS, TABLE, Rectangles
+from vitzoo.ops._triton.tile_launch import Tiles
 
 _AXIS = 9
 
@@ -126,3 +127,102 @@ def _derivative(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
 
 
 rectangles.register_autograd(_derivative, setup_context=_keep)
+
+
+def _tiles(
+    q: Tensor,
+    k: Tensor,
+    lists: Tensor,
+    bounds: Optional[Tensor],  # noqa: UP045
+    grid: list[int],
+) -> Tiles:
+    rows, columns = grid
+    cells = []
+    for x in (q, k):
+        # In one row of runs, `columns` is the most tokens of a run.
+        height, width = (
+            (1, columns)
+            if bounds is not None
+            else (
+                x.shape[1] // rows,
+                x.shape[2] // columns,
+            )
+        )
+        cells.append((height, width, height * width))
+    return Tiles(*cells, columns, lists.shape[1], lists.shape[2], bounds is not None)
+
+
+@torch.library.custom_op("vitzoo::tiles", mutates_args=())
+def tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Tensor,
+    bounds: Optional[Tensor],  # noqa: UP045
+    reach: Optional[Tensor],  # noqa: UP045
+    grid: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, W, heads, head_dim of v) and log-sum-exp (B, H, W, heads).
+
+    `lists` (B, cells, length) int32 name cells of keys, -1 for none. Cells are those of a grid
+    (rows, columns); with `bounds` (2, cells) and `reach` (cells,), runs of tokens of one row, of
+    which `grid[1]` is the most.
+    """
+    t = _tiles(q, k, lists, bounds, grid)
+    out = q.new_empty(*q.shape[:4], v.shape[-1])
+    lse = q.new_empty(q.shape[:4], dtype=torch.float32)
+    tables = [lists if x is None else x for x in (lists, bounds, reach)]
+    tile_launch.forward(t, (q, k, v), tables, out, lse, scale).run(q.device)
+    return out, lse
+
+
+@tiles.register_fake
+def _(q, k, v, *_: Any):  # type: ignore[no-untyped-def]
+    return q.new_empty(*q.shape[:4], v.shape[-1]), q.new_empty(q.shape[:4], dtype=torch.float32)
+
+
+@torch.library.custom_op("vitzoo::tiles_backward", mutates_args=())
+def tiles_backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Tensor,
+    bounds: Optional[Tensor],  # noqa: UP045
+    reach: Optional[Tensor],  # noqa: UP045
+    out: Tensor,
+    lse: Tensor,
+    grid: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    t = _tiles(q, k, lists, bounds, grid)
+    d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
+    d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    tables = [lists if x is None else x for x in (lists, bounds, reach)]
+    saved = (out, lse, d_out, d_lse)
+    tile_launch.queries(t, (q, k, v), tables, saved, d_q, delta, scale).run(q.device)
+    saved = (lse, d_out, delta)
+    tile_launch.keys(t, (q, k, v), tables, saved, d_k, d_v, scale).run(q.device)
+    return d_q, d_k, d_v
+
+
+@tiles_backward.register_fake
+def _(d_out, d_lse, q, k, v, *_: Any):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _keep_tiles(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.grid, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _derivative_of_tiles(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
+    found = tiles_backward(d_out, d_lse, *ctx.saved_tensors, ctx.grid, ctx.scale)
+    return *found, None, None, None, None, None
+
+
+tiles.register_autograd(_derivative_of_tiles, setup_context=_keep_tiles)

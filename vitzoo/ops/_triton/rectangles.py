@@ -6,9 +6,10 @@ unit u holds `side` queries from u * side - q_before and `span` keys from u * st
 further than `reach` outside the map do not exist. With NEIGHBORS, u counts tiles of `side` members
 within the `dilation` classes, and a query attends to the `kernel` members around it.
 
-`sizes` is (heads, query rows and columns, key rows and columns, units down and across). `BIAS` is
-0 none, 1 one number per query and key of a unit, 2 a table by coordinate difference, 3 a term for
-the row and one for the column of each key.
+`sizes` is (heads, query rows and columns, key rows and columns, units down and across, key lanes of
+a unit): loops end at an argument, because short loops with a known end are unrolled and then spill.
+`BIAS` is 0 none, 1 one number per query and key of a unit, 2 a table by coordinate difference, 3 a
+term for the row and one for the column of each key.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from vitzoo.ops._triton.inner import (
     finish,
     load_fill,
     load_rows,
+    offsets,
     product,
+    row_numbers,
     softmax_step,
     store_rows,
 )
@@ -60,19 +63,6 @@ def meets(p_q, p_k, end, AXIS: tl.constexpr, NEIGHBORS: tl.constexpr):
         # The row of the key in the unit of the query.
         j = p_k - ((p_q + AXIS[2]) // AXIS[0] * AXIS[1] - AXIS[3])
         return (j >= 0) & (j < AXIS[5])
-
-
-@triton.jit
-def offsets(image, y, x, head, strides):
-    """Offsets of rows in a map, in 64 bits: a batch of large maps passes 2^31 numbers."""
-    base = image.to(tl.int64) * strides[0] + head * strides[3]
-    return base + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
-
-
-@triton.jit
-def row_numbers(image, y, x, head, heads, H, W):
-    """Row numbers in a contiguous (B, H, W, heads) tensor, in 64 bits."""
-    return ((image.to(tl.int64) * H + y) * W + x) * heads + head
 
 
 @triton.jit
@@ -126,7 +116,7 @@ def query_tile(
     """The queries of one tile of a unit.
 
     Returns:
-        (first keys), (members), (map positions), valid, number inside the unit, (ends), (classes).
+        ((first keys), (ends), (classes)), (members), (map positions), valid, number in the unit.
     """
     first_y, end_y, class_y = query_axis(unit_y, sizes[1], AXES[0], NEIGHBORS)
     first_x, end_x, class_x = query_axis(unit_x, sizes[2], AXES[1], NEIGHBORS)
@@ -140,7 +130,8 @@ def query_tile(
     keys_x = key_axis(unit_x, first_x, end_x, AXES[1], NEIGHBORS)
     at = (class_y + y * AXES[0][7], class_x + x * AXES[1][7])
     inside = i_y * AXES[1][0] + i_x
-    return (keys_y, keys_x), (y, x), at, valid, inside, (end_y, end_x), (class_y, class_x)
+    unit = ((keys_y, keys_x), (end_y, end_x), (class_y, class_x))
+    return unit, (y, x), at, valid, inside
 
 
 @triton.jit
@@ -169,12 +160,65 @@ def key_chunk(
 
 
 @triton.jit
-def spread_terms(rows, columns, j, BLOCK_W: tl.constexpr):
+def unit_keys(
+    start, unit, image, head, maps, strides, constants, sizes,
+    AXES: tl.constexpr, PITCH: tl.constexpr, NEIGHBORS: tl.constexpr, FILL: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a chunk of a unit; `unit` is (first keys, ends, classes).
+
+    Returns:
+        keys, values, (rows, columns) in the unit, (members), exists, exists outside the map.
+    """
+    j, member, at, exists, inside = key_chunk(
+        start, unit[0], unit[1], unit[2], sizes, AXES, PITCH, NEIGHBORS, BLOCK
+    )
+    k = load_rows(maps[0], offsets(image, at[0], at[1], head, strides[0]), inside, D, BLOCK_D)
+    v = load_rows(maps[1], offsets(image, at[0], at[1], head, strides[1]), inside, DV, BLOCK_DV)
+    outside = exists & (inside == 0)
+    if FILL:
+        k = tl.where(inside[:, None], k, constants[0][None, :])
+        v = tl.where(outside[:, None], constants[1][None, :], v)
+    return k, v, j, member, exists, outside
+
+
+@triton.jit
+def unit_constants(
+    fills, head, FILL: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """The head's constant key and value, if there are."""
+    if FILL:
+        return load_fill(fills[0], head, D, BLOCK_D), load_fill(fills[1], head, DV, BLOCK_DV)
+    else:
+        return 0.0, 0.0
+
+
+@triton.jit
+def query_terms(
+    maps, numbers, valid, AXES: tl.constexpr, BIAS: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """Terms of queries by the row and by the column of a key, if there are."""
+    if BIAS == AXIAL:
+        return (
+            load_rows(maps[0], numbers * AXES[0][5], valid, AXES[0][5], BLOCK_W),
+            load_rows(maps[1], numbers * AXES[1][5], valid, AXES[1][5], BLOCK_W),
+        )
+    else:
+        return 0.0, 0.0
+
+
+@triton.jit
+def spread_terms(terms, j, BIAS: tl.constexpr, BLOCK_W: tl.constexpr):
     """Axial terms (queries, window) at rows j[0] and columns j[1]: products with 0 and 1."""
-    lanes = tl.arange(0, BLOCK_W)
-    y = product(rows, (lanes[:, None] == j[0][None, :]).to(rows.dtype))
-    x = product(columns, (lanes[:, None] == j[1][None, :]).to(columns.dtype))
-    return y, x
+    if BIAS == AXIAL:
+        lanes = tl.arange(0, BLOCK_W)
+        y = product(terms[0], (lanes[:, None] == j[0][None, :]).to(terms[0].dtype))
+        x = product(terms[1], (lanes[:, None] == j[1][None, :]).to(terms[1].dtype))
+        return y, x
+    else:
+        return 0.0, 0.0
 
 
 @triton.jit
@@ -186,43 +230,29 @@ def forward(
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries over all keys of its unit."""
-    q_map, k_map, v_map, bias, rows_map, columns_map, k_fill, v_fill, out_map, lse_map = pointers
+    (q_map, k_map, v_map, bias), term_maps, fills, (out_map, lse_map) = pointers
     head, image, unit_y, unit_x, sub_y, sub_x = split_program(
         tl.program_id(0), sizes, AXES[0][0], AXES[1][0], SUB
     )
-    firsts, members, at, valid, unit_q, ends, classes = query_tile(
+    unit, members, at, valid, unit_q = query_tile(
         unit_y, unit_x, sub_y, sub_x, sizes, AXES, SUB, NEIGHBORS, BLOCK_M
     )
     q = load_rows(q_map, offsets(image, at[0], at[1], head, q_strides), valid, D, BLOCK_D)
     numbers = row_numbers(image, at[0], at[1], head, sizes[0], sizes[1], sizes[2])
-    terms = (0.0, 0.0)
-    if BIAS == AXIAL:
-        rows = load_rows(rows_map, numbers * AXES[0][5], valid, AXES[0][5], BLOCK_W)
-        columns = load_rows(columns_map, numbers * AXES[1][5], valid, AXES[1][5], BLOCK_W)
-    if FILL:
-        k_constant = load_fill(k_fill, head, D, BLOCK_D)
-        v_constant = load_fill(v_fill, head, DV, BLOCK_DV)
+    terms = query_terms(term_maps, numbers, valid, AXES, BIAS, BLOCK_W)
+    constants = unit_constants(fills, head, FILL, D, DV, BLOCK_D, BLOCK_DV)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for start in range(0, AXES[0][5] * PITCH, BLOCK_N):
-        j, member, place, exists, inside = key_chunk(
-            start, firsts, ends, classes, sizes, AXES, PITCH, NEIGHBORS, BLOCK_N
-        )
-        k = load_rows(
-            k_map, offsets(image, place[0], place[1], head, k_strides), inside, D, BLOCK_D
-        )
-        v = load_rows(
-            v_map, offsets(image, place[0], place[1], head, v_strides), inside, DV, BLOCK_DV
-        )
-        if FILL:
-            k = tl.where(inside[:, None], k, k_constant[None, :])
-            v = tl.where((exists & (inside == 0))[:, None], v_constant[None, :], v)
-        if BIAS == AXIAL:
-            terms = spread_terms(rows, columns, j, BLOCK_W)
+    for start in range(0, sizes[7], BLOCK_N):
+        k, v, j, member, exists, _ = unit_keys(
+            start, unit, image, head, (k_map, v_map), (k_strides, v_strides), constants, sizes,
+            AXES, PITCH, NEIGHBORS, FILL, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
         logits = logits_of(
-            q, k, bias, bias_strides, terms, head, members, member, unit_q,
-            j[0] * AXES[1][5] + j[1], ends, exists[None, :], scale, AXES, NEIGHBORS, BIAS,
+            q, k, bias, bias_strides, spread_terms(terms, j, BIAS, BLOCK_W), head, members, member,
+            unit_q, j[0] * AXES[1][5] + j[1], unit[1], exists[None, :], scale,
+            AXES, NEIGHBORS, BIAS,
         )  # fmt: skip
         total, top, out = softmax_step(logits, v, total, top, out)
     out, lse = finish(total, top, out)

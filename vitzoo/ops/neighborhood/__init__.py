@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._kernels import triton_backend
+from vitzoo.ops._optional import natten_backend
 from vitzoo.ops.neighborhood.portable import neighborhood_attention_portable
 from vitzoo.ops.neighborhood.reference import neighborhood_attention_reference
 
@@ -33,6 +34,7 @@ NEIGHBORHOOD_ATTENTION = Operator(
     "neighborhood_attention",
     [
         triton_backend("neighborhood_attention", _why_not_triton),
+        natten_backend(),
         Backend("portable", neighborhood_attention_portable),
         Backend("reference", neighborhood_attention_reference),
     ],
@@ -63,7 +65,7 @@ def neighborhood_attention(
         bias: (heads, 2 * kernel_size - 1) or (heads, 2 * kernel_size - 1, 2 * kernel_size - 1);
             entry (key member - query member) + kernel_size - 1 is added to the logits.
         scale: factor on q k^T; head_dim ** -0.5 if None.
-        backend: `auto`, `portable` or `reference`.
+        backend: `auto`, `triton`, `natten` (no bias), `portable` or `reference`.
 
     Returns:
         The shape of q with v's head_dim.

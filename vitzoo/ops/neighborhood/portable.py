@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitzoo.ops._half import widen_where_slow
 from vitzoo.ops.neighborhood._tiles import Axis, Pair, axes, classes
 from vitzoo.ops.neighborhood.flat import neighborhood_attention_flat
 
@@ -321,6 +322,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _tiles.register_autograd(_gradients, setup_context=_save)
 
 
+@widen_where_slow
 def neighborhood_attention_portable(
     q: Tensor,
     k: Tensor,
