@@ -70,20 +70,18 @@ def _grouped(group: int, d: int) -> Any:
     return "grouped_attention", dict.fromkeys("qkv", (400, 8, d)), settings
 
 
-# What the families' models call (see their files), and the widest heads that kernels take.
+# What the families' models call (see their files), and the widest heads that kernels take, 64.
 CALLS: dict[str, Any] = {
     "window-hilo": _window(2, 32, fill=True),
     "window-davit": _window(7, 32, fill=True),
     "window-davit-384": _window(12, 32, fill=True),
     "window-bias": _window(7, 32, bias=True, shift=3),
     "window-bias-fill-64": _window(8, 64, bias=True, fill=True),
-    "window-128": _window(7, 128),
     "neighborhood-nat": _neighborhood(7, 32),
     "neighborhood-dinat": _neighborhood(7, 32, dilation=2),
     "neighborhood-dinat-384": _neighborhood(11, 32),
     "neighborhood-iso": _neighborhood(7, 64),
     "neighborhood-plain": _neighborhood(7, 32, bias=False),
-    "neighborhood-128": _neighborhood(5, 128),
     "halo-timm": _halo(8, 3, 16, 64),
     "halo-timm-stride": _halo(8, 3, 16, 32, stride=2),
     "halo-timm-2": _halo(8, 2, 16, 24),
@@ -99,7 +97,6 @@ CALLS: dict[str, Any] = {
     "routed-3": _routed(2, 16, 32),
     "routed-512": _routed(16, 1, 32),
     "routed-64": _routed(4, 4, 64),
-    "routed-128": _routed(4, 4, 128),
     "grouped": _grouped(144, 16),
     "grouped-69": _grouped(69, 16),
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitzoo.ops._dispatch import Backend
 from vitzoo.ops._proven import why_not_proven
 
-_WIDEST_HEAD = 128
+_WIDEST_HEAD = 64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -34,12 +34,9 @@ def _settings() -> tuple[bool, bool]:
     return find_spec("triton") is not None, os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def lanes(q: Tensor, v: Tensor) -> int:
-    """Tokens of a kernel's tile: so many that no architecture runs out of registers."""
-    wide = max(q.shape[-1], v.shape[-1]) > 64
-    if q.dtype == torch.float32:
-        return 16 if wide else 32
-    return 32 if wide else 64
+def lanes(dtype: torch.dtype) -> int:
+    """Tokens of a kernel's tile: exact float32 products need many registers."""
+    return 32 if dtype == torch.float32 else 64
 
 
 def _dtype(q: Tensor) -> torch.dtype:

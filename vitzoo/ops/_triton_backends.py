@@ -76,7 +76,7 @@ def neighborhood_attention(
 ) -> Any:
     """`vitzoo.ops.neighborhood_attention` on maps; with `return_lse` also the log-sum-exp."""
     q, k, v = _prepare(q, k, v)
-    most = lanes(q, v)
+    most = lanes(q.dtype)
     sides = (1, most) if kernel_size[0] == 1 else (8, most // 8)
     axes: list[int] = []
     for side, kernel, step in zip(sides, kernel_size, dilation, strict=True):

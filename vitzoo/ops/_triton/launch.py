@@ -97,9 +97,12 @@ class Rectangles:
         return not self.neighbors and self.axes[0][5] > self.axes[0][1]
 
 
-def warps(constants: dict[str, Any], *, biased: bool) -> int:
-    """Warps of a program: so many that no architecture runs out of registers."""
-    return 8 if biased and constants["BLOCK_M"] * constants["BLOCK_N"] > 1024 else 4
+def schedule(q: Tensor, kernel: str, constants: dict[str, Any], *, biased: bool) -> tuple[int, int]:
+    """Warps and stages of a program, such that no architecture runs out of registers."""
+    if q.dtype == torch.float32:
+        return 8 if max(constants["BLOCK_D"], constants["BLOCK_DV"]) > 32 else 4, 1
+    large = constants["BLOCK_M"] * constants["BLOCK_N"] > 1024
+    return 8 if biased and large else 4, 2 if kernel == "forward" else 1
 
 
 def sub_rectangle(sides: tuple[int, int], most: int) -> tuple[int, int]:
@@ -142,8 +145,8 @@ def _given(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor | None]) -> 
     return (q, k, v, bias), (rows, columns), (k_fill, v_fill)
 
 
-def _tile(r: Rectangles, q: Tensor, v: Tensor) -> dict[str, Any]:
-    most = lanes(q, v)
+def _tile(r: Rectangles, q: Tensor) -> dict[str, Any]:
+    most = lanes(q.dtype)
     sub = sub_rectangle(r.sides(of_keys=False), most)
     keys = min(most, power_of_two(r.axes[0][5] * r.pitch))
     return {
@@ -160,7 +163,7 @@ def forward(
     out: Tensor, lse: Tensor, scale: float,
 ) -> Launch:  # fmt: skip
     """Launch of `rectangles.forward`; extras are bias, row and column terms, constant k and v."""
-    tile = _tile(r, q, v)
+    tile = _tile(r, q)
     grid = (_programs(q, r, r.sides(of_keys=False), tile["SUB"]),)
     pointers = (*_given(q, k, v, extras), (out, lse))
     constants = {
@@ -172,8 +175,8 @@ def forward(
         "BLOCK_W": power_of_two(r.axes[0][5]),
     }
     arguments = (pointers, *_common(r, q, k, v, extras[0], scale))
-    count = warps(constants, biased=r.bias != NO_BIAS)
-    return Launch("rectangles", "forward", grid, arguments, constants, count, 2)
+    options = schedule(q, "forward", constants, biased=r.bias != NO_BIAS)
+    return Launch("rectangles", "forward", grid, arguments, constants, *options)
 
 
 @dataclass
@@ -193,7 +196,7 @@ class Gradients:
 
 def allocate(r: Rectangles, q: Tensor, k: Tensor, v: Tensor, terms: Tensor | None) -> Gradients:
     """Buffers for `queries` and `keys`."""
-    sub = _tile(r, q, v)["SUB"]
+    sub = _tile(r, q)["SUB"]
     programs = _programs(q, r, r.sides(of_keys=False), sub)
 
     def shares(*shape: int) -> Tensor:
@@ -223,7 +226,7 @@ def queries(
     shares = _present(q, found.table, found.k_fill, found.v_fill)
     own = (found.q, found.delta)
     pointers = (_given(q, k, v, extras), tuple(saved), own, d_terms, shares)
-    tile = _tile(r, q, v)
+    tile = _tile(r, q)
     constants = {
         **tile,
         "NEIGHBORS": r.neighbors,
@@ -237,8 +240,8 @@ def queries(
     }
     arguments = (pointers, *_common(r, q, k, v, extras[0], scale))
     grid = (_programs(q, r, r.sides(of_keys=False), tile["SUB"]),)
-    count = warps(constants, biased=r.bias != NO_BIAS)
-    return Launch("rectangles_backward", "queries", grid, arguments, constants, count, 1)
+    options = schedule(q, "queries", constants, biased=r.bias != NO_BIAS)
+    return Launch("rectangles_backward", "queries", grid, arguments, constants, *options)
 
 
 @lru_cache(maxsize=256)
@@ -273,7 +276,7 @@ def keys(
     """Launch of `rectangles_backward.keys`."""
     sides = r.sides(of_keys=True)
     # Small tiles where units overlap: fewer of the queries of a neighbouring unit are of no use.
-    sub = sub_rectangle(sides, lanes(q, v))
+    sub = sub_rectangle(sides, lanes(q.dtype))
     if r.overlaps:
         sub = min(sides[0], 4), min(sides[1], 4)
     units = r.units(q)
@@ -282,7 +285,7 @@ def keys(
         for i in range(2)
     ]
     most = per_axis[0] * per_axis[1]
-    block = min(lanes(q, v), power_of_two(most))
+    block = min(lanes(q.dtype), power_of_two(most))
     constants = {
         "AXES": r.axes,
         "SUB": sub,
@@ -297,8 +300,8 @@ def keys(
     pointers = (maps, terms, (lse, d_out, found.delta), (found.k, found.v))
     arguments = (pointers, *_common(r, q, k, v, extras[0], scale), most)
     grid = (_programs(q, r, sides, sub),)
-    count = warps(constants, biased=r.bias != NO_BIAS)
-    return Launch("rectangles_backward", "keys", grid, arguments, constants, count, 1)
+    options = schedule(q, "keys", constants, biased=r.bias != NO_BIAS)
+    return Launch("rectangles_backward", "keys", grid, arguments, constants, *options)
 
 
 def dense_bias(
@@ -306,7 +309,7 @@ def dense_bias(
     lse: Tensor, d_out: Tensor, delta: Tensor, scale: float,
 ) -> tuple[Launch, Tensor]:  # fmt: skip
     """Launch of `rectangles_backward.dense_bias`, and the shares (slots, heads, side^2, side^2)."""
-    tile = _tile(r, q, v)
+    tile = _tile(r, q)
     side, heads = r.axes[0][0], q.shape[3]
     down, across = r.units(q)
     count = q.shape[0] * down * across
@@ -319,5 +322,6 @@ def dense_bias(
     arguments = (pointers, *_common(r, q, k, v, extras[0], scale), count)
     constants = {**tile, "FILL": r.fill, **blocks(q, v)}
     grid = (heads * tiles, chunks, slots)
-    call = ("rectangles_backward", "dense_bias", grid, arguments, constants)
-    return Launch(*call, warps(constants, biased=True), 1), shares
+    options = schedule(q, "dense_bias", constants, biased=True)
+    call = Launch("rectangles_backward", "dense_bias", grid, arguments, constants, *options)
+    return call, shares

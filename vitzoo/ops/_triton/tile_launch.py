@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._kernels import lanes
-from vitzoo.ops._triton.launch import Launch, blocks, power_of_two, warps
+from vitzoo.ops._triton.launch import Launch, blocks, power_of_two, schedule
 
 Cell = tuple[int, int, int]
 
@@ -64,7 +64,7 @@ def _call(
     *, of_keys: bool = False,
 ) -> Launch:  # fmt: skip
     q, k, v = maps
-    most = lanes(q, v)
+    most = lanes(q.dtype)
     # Lanes run along the other side's list, so only the cell of a program's own bounds its tile.
     block_m = block_n = most
     if of_keys:
@@ -78,8 +78,8 @@ def _call(
     arguments = (pointers, tables, *strides, t.sizes(q, k), t.q_cell, t.k_cell, scale)
     constants = {"RAGGED": t.ragged, **blocks(q, v), "BLOCK_M": block_m, "BLOCK_N": block_n}
     grid = (q.shape[0] * t.cells * tiles * q.shape[3],)
-    count = warps(constants, biased=False)
-    return Launch("tiles", kernel, grid, arguments, constants, count, 1 if of_keys else 2)
+    options = schedule(q, kernel, constants, biased=False)
+    return Launch("tiles", kernel, grid, arguments, constants, *options)
 
 
 def forward(
