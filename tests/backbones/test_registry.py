@@ -11,8 +11,9 @@ import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -29,15 +30,24 @@ SMALL = (64, 64)
 ODD = (97, 131)
 
 
-@functools.lru_cache(maxsize=1)
-def _pristine(name: str) -> nn.Module:
+@functools.lru_cache(maxsize=2)
+def _pristine(name: str, shallow: bool) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name).eval()
+    return timm.create_model(name, **(few_blocks(name) if shallow else {})).eval()
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, *, shallow: bool = False) -> nn.Module:
     """A model of its own for this test, in eval mode."""
-    return copy.deepcopy(_pristine(name))
+    return copy.deepcopy(_pristine(name, shallow))
+
+
+def few_blocks(name: str) -> dict[str, Any]:
+    """Arguments that leave few blocks, where depth can be given: most checks cost by the block."""
+    with torch.device("meta"):
+        arguments = inspect.signature(type(timm.create_model(name)).__init__).parameters
+    if "depths" in arguments:
+        return {"depths": (1, 1, 2, 1)}
+    return {"depth": 2} if "depth" in arguments else {}
 
 
 def images(name: str, size: tuple[int, int], batch: int = 2) -> Tensor:
@@ -55,10 +65,11 @@ def needs(name: str, check: str) -> None:
         pytest.skip(reason)
 
 
-def default_levels(name: str) -> tuple[int, ...]:
+def default_levels(name: str, **arguments: Any) -> tuple[int, ...]:
     """The stages (blocks of a net of one scale) that `features_only` returns unless told."""
     with torch.device("meta"):
-        return tuple(timm.create_model(name, features_only=True).feature_info.out_indices)
+        model = timm.create_model(name, features_only=True, **arguments)
+    return tuple(model.feature_info.out_indices)
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -235,12 +246,17 @@ def test_images_do_not_see_their_batch(name: str) -> None:
     assert_close(torch.cat(alone), together, 1e-5)
 
 
-# Tier 2
+# Tier 2: few blocks of each kind here, the whole model in `make test-all`
+
+
+FULL = pytest.param(False, marks=pytest.mark.slow, id="full")
+DEPTHS = pytest.mark.parametrize("shallow", [pytest.param(True, id="shallow"), FULL])
 
 
 @by_name(TIER_2)
-def test_autocast(name: str) -> None:
-    model = build(name)
+@DEPTHS
+def test_autocast(name: str, shallow: bool) -> None:
+    model = build(name, shallow=shallow)
     x = images(name, SMALL)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.train()(x).float().mean().backward()
@@ -248,8 +264,9 @@ def test_autocast(name: str) -> None:
 
 
 @by_name(TIER_2)
-def test_channels_last(name: str) -> None:
-    model = build(name)
+@DEPTHS
+def test_channels_last(name: str, shallow: bool) -> None:
+    model = build(name, shallow=shallow)
     x = images(name, ODD)
     with record_choices() as made:
         expected = logits(model, x)
@@ -259,8 +276,9 @@ def test_channels_last(name: str) -> None:
 
 
 @by_name(TIER_2)
-def test_gradient_checkpointing(name: str) -> None:
-    model = build(name)
+@DEPTHS
+def test_gradient_checkpointing(name: str, shallow: bool) -> None:
+    model = build(name, shallow=shallow)
     x = images(name, SMALL)
     expected = logits(model, x)
     plain = model(x).square().mean()
@@ -277,16 +295,18 @@ def test_gradient_checkpointing(name: str) -> None:
 
 
 @by_name(TIER_2)
+@DEPTHS
 @pytest.mark.parametrize("wrapper", ["list", "dict", "hook", "fx", "getter"])
-def test_feature_wrappers_agree(name: str, wrapper: str) -> None:
+def test_feature_wrappers_agree(name: str, shallow: bool, wrapper: str) -> None:
     needs(name, f"features_{wrapper}")
+    arguments = few_blocks(name) if shallow else {}
     torch.manual_seed(0)
-    extractor = timm.create_model(name, features_only=True, feature_cls=wrapper).eval()
+    extractor = timm.create_model(name, features_only=True, feature_cls=wrapper, **arguments).eval()
     x = images(name, SMALL)
     with torch.no_grad():
         maps = extractor(x)
-        expected = build(name).forward_intermediates(
-            x, indices=default_levels(name), intermediates_only=True
+        expected = build(name, shallow=shallow).forward_intermediates(
+            x, indices=default_levels(name, **arguments), intermediates_only=True
         )
     maps = list(maps.values()) if isinstance(maps, dict) else maps
     for found, map_ in zip(maps, expected, strict=True):
@@ -294,17 +314,20 @@ def test_feature_wrappers_agree(name: str, wrapper: str) -> None:
 
 
 @by_name(TIER_2)
-def test_chosen_features(name: str) -> None:
-    model = timm.create_model(name, features_only=True, out_indices=(-1,)).eval()
+@DEPTHS
+def test_chosen_features(name: str, shallow: bool) -> None:
+    arguments = few_blocks(name) if shallow else {}
+    model = timm.create_model(name, features_only=True, out_indices=(-1,), **arguments).eval()
     x = images(name, SMALL)
     (last,) = model(x)
     assert last.shape[1] == vitzoo.info(name).channels[-1]
 
 
 @by_name(TIER_2)
-def test_fx_trace_is_exact(name: str) -> None:
+@DEPTHS
+def test_fx_trace_is_exact(name: str, shallow: bool) -> None:
     needs(name, "fx")
-    model = build(name)
+    model = build(name, shallow=shallow)
     x = images(name, SMALL)
     _, nodes = get_graph_node_names(model)
     traced = create_feature_extractor(model, {nodes[-1]: "out"})
@@ -314,27 +337,12 @@ def test_fx_trace_is_exact(name: str) -> None:
     assert all(p.grad is not None for p in traced.parameters() if p.requires_grad)
 
 
-def shallow(name: str) -> nn.Module:
-    """The model with few blocks, where depth can be given: tracing costs by the block."""
-    arguments = inspect.signature(type(_pristine(name)).__init__).parameters
-    torch.manual_seed(0)
-    if "depths" in arguments:
-        return timm.create_model(name, depths=(1, 1, 2, 1)).eval()
-    if "depth" in arguments:
-        return timm.create_model(name, depth=2).eval()
-    return build(name)
-
-
-FULL_DEPTH = pytest.param(build, marks=pytest.mark.slow, id="full")
-DEPTHS = pytest.mark.parametrize("make", [pytest.param(shallow, id="shallow"), FULL_DEPTH])
-
-
 @by_name(TIER_2)
 @DEPTHS
-def test_compiles_as_one_graph(name: str, make: Callable[[str], nn.Module]) -> None:
+def test_compiles_as_one_graph(name: str, shallow: bool) -> None:
     needs(name, "compile")
     torch._dynamo.reset()
-    model = make(name)
+    model = build(name, shallow=shallow)
     x = images(name, SMALL)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(logits(compiled, x), logits(model, x), 1e-5)
@@ -342,9 +350,9 @@ def test_compiles_as_one_graph(name: str, make: Callable[[str], nn.Module]) -> N
 
 @by_name(TIER_2)
 @DEPTHS
-def test_exports_with_dynamic_batch(name: str, make: Callable[[str], nn.Module]) -> None:
+def test_exports_with_dynamic_batch(name: str, shallow: bool) -> None:
     needs(name, "export")
-    model = make(name)
+    model = build(name, shallow=shallow)
     x = images(name, SMALL)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
@@ -353,7 +361,9 @@ def test_exports_with_dynamic_batch(name: str, make: Callable[[str], nn.Module])
 
 
 @by_name(TIER_2)
-def test_other_image_channels_and_classes(name: str) -> None:
-    model = timm.create_model(name, in_chans=1, num_classes=3).eval()
+@DEPTHS
+def test_other_image_channels_and_classes(name: str, shallow: bool) -> None:
+    arguments = few_blocks(name) if shallow else {}
+    model = timm.create_model(name, in_chans=1, num_classes=3, **arguments).eval()
     x = images(name, SMALL)[:, :1]
     assert logits(model, x).shape == (2, 3)
