@@ -143,7 +143,8 @@ def test_feature_info_matches_the_record(name: str) -> None:
 @by_name(TIER_0)
 def test_head_can_be_replaced_and_removed(name: str) -> None:
     with torch.device("meta"):
-        model = timm.create_model(name).eval()
+        few = few_blocks(name)
+        model = timm.create_model(name, **few).eval()
         x = images(name, SMALL).to("meta")
         model.reset_classifier(7)
         assert model(x).shape == (2, 7)
@@ -151,7 +152,7 @@ def test_head_can_be_replaced_and_removed(name: str) -> None:
         assert model(x).shape == (2, model.num_features)
         model.reset_classifier(0, "")
         assert model(x).shape == model.forward_features(x).shape
-        bare = timm.create_model(name, num_classes=0, global_pool="").eval()
+        bare = timm.create_model(name, num_classes=0, global_pool="", **few).eval()
         assert bare(x).shape == bare.forward_features(x).shape
 
 
