@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 
 import vitzoo
-from tools.explorer import models, page
+from tools.explorer import growth, models, page, pictures
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 CLICKS = """<script>
 at("family").value = "davit"; at("family").dispatchEvent(new Event("input"));
 const key = document.querySelector("th[data-key=params]"); key.click(); key.click();
+</script>"""
+
+HALONET = """<script>
+at("name").value = "halo"; at("name").dispatchEvent(new Event("input"));
 </script>"""
 
 
@@ -47,6 +51,29 @@ def test_filters_and_sorting_answer_clicks(tmp_path: Path) -> None:
     expected.sort(key=lambda line: -line["params"])
     assert shown == [line["name"] for line in expected]
     assert f"{len(shown)} of {len(models())} models" in dom
+
+
+@needs_browser
+def test_plots_show_what_was_measured(tmp_path: Path) -> None:
+    html = page(drawn=False).replace("</html>", HALONET)
+    dom = _browse(html, tmp_path, "--dump-dom")
+    plot = dom.partition('<svg id="scatter"')[2].partition("</svg>")[0]
+    both = [line for line in models() if line["top1"] and line["speed"]]
+    shown = [line for line in both if "halo" in line["name"]]
+    assert 0 < len(shown) < len(both)
+    assert plot.count("<circle") == len(shown)
+    for line in shown:
+        assert f"{line['name']} at {line['speed_size']}<" in plot
+    curves = [curve for panel in growth() for curve in panel["curves"]]
+    plots = dom.partition('<div id="growth">')[2].partition("</div>")[0]
+    assert plots.count("<polyline") == len(curves)
+    assert {curve["name"] for curve in curves} >= {"window", "neighborhood"}
+
+
+@pytest.mark.slow
+def test_every_family_has_a_picture() -> None:
+    drawn = {vitzoo.info(picture["model"]).family for picture in pictures()}
+    assert drawn == {vitzoo.info(name).family for name in vitzoo.list_models()}
 
 
 @needs_browser

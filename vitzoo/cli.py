@@ -27,8 +27,10 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "openvino": "export",
+    "nncf": "export",
     "torchao": "export",
     "torchmetrics": "det",
+    "gradio": "demo",
 }
 
 

@@ -175,6 +175,18 @@ def look(
     )
 
 
+@cli.command()
+def demo(
+    model: Annotated[str, typer.Argument(help="A run, a weights file, or a model's NAME.TAG.")],
+    values: Overrides = None,
+    port: Annotated[int, typer.Option(help="Where the page is served on this machine.")] = 7860,
+) -> None:
+    """Serve a page to try a model on: upload a photo, click on a query."""
+    from vitzoo.engine.demo import Demo, build_page
+
+    build_page(Demo(model, values or []), f"vitzoo: {model}").launch(server_port=port)
+
+
 @cli.command(name="list")
 def list_command(
     family: Annotated[str | None, typer.Argument(help="Only this family.")] = None,

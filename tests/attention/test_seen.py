@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import vitzoo  # noqa: F401  (registers the names)
-from vitzoo.attention.seen import Layer, keys_of_queries, keys_of_query, record_layers
+from vitzoo.attention.seen import Layer, keys_of_queries, keys_of_query, on_map, record_layers
+from vitzoo.backbones.flatformer import flatten_windows
 
 SIDES = (64, 96)
 # (row, column) of a key or None for one that is not on the map -> its logit of each head.
@@ -158,6 +159,61 @@ def test_keys_shown_are_the_operators_definition(name: str) -> None:
             assert math.isclose(
                 (seen.elsewhere.sum() + seen.weights.sum()).item(), len(expected), rel_tol=1e-5
             )
+
+
+def _order(cells: list[tuple[int, int]], window: int, *, by_rows: bool, shift: int) -> list[int]:
+    """Points in FlatFormer's order: window after window, to and fro (paper, section 3.2)."""
+
+    def to_and_fro(place: int, length: int, turn: int) -> int:
+        return place if turn % 2 == 0 else length - 1 - place
+
+    def key(i: int) -> tuple[int, ...]:
+        across, down = (at + shift for at in (cells[i] if by_rows else cells[i][::-1]))
+        row, inside = divmod(across, window)
+        column, along = divmod(down, window)
+        # An even length that all windows fit in; only its parity shows, and it never does.
+        snake = to_and_fro(column, 1000, row)
+        first = to_and_fro(along, window, row)
+        return (row, snake, first, to_and_fro(inside, window, row + along))
+
+    return sorted(range(len(cells)), key=key)
+
+
+def test_points_shown_are_those_of_the_group() -> None:
+    torch.manual_seed(0)
+    grid, window, group = (14, 17), 4, 9
+    model = timm.create_model(
+        "vz_flatformer",
+        in_chans=16,
+        grid_size=grid,
+        depth=1,
+        num_heads=2,
+        window_size=window,
+        group_size=group,
+    ).eval()
+    flat = torch.randperm(grid[0] * grid[1])[:40]
+    cells = torch.stack([flat // grid[1], flat % grid[1]], 1)
+    coords = torch.nn.functional.pad(cells, (1, 0))
+    with record_layers(model, grid) as layers, torch.no_grad():
+        model(torch.randn(40, 16), coords, 1)
+    assert [layer.operator.name for layer in layers] == ["grouped_attention"] * 4
+    orders = flatten_windows(coords, grid, window)
+    kinds = [(by_rows, shift) for by_rows in (True, False) for shift in (0, window // 2)]
+    for layer, order, (by_rows, shift) in zip(layers, orders, kinds, strict=True):
+        own = _order(cells.tolist(), window, by_rows=by_rows, shift=shift)
+        q, k, _ = layer.args
+        for at in (0, 20, 39):
+            seen = on_map(keys_of_query(layer, (0, at)), cells[order], grid)
+            assert seen.query == tuple(cells[own[at]].tolist())
+            first = at // group * group
+            last = min(first + group, 40)
+            keys = range(last - group, last)
+            weights = (q.shape[-1] ** -0.5 * (q[at] * k[keys]).sum(-1)).softmax(0)
+            expected = torch.zeros(2, *grid)
+            for j, weight in zip(keys, weights, strict=True):
+                expected[:, *cells[own[j]]] = weight
+            torch.testing.assert_close(seen.weights, expected, rtol=1e-4, atol=1e-6)
+            assert torch.equal(seen.weights > 0, expected > 0)
 
 
 def test_a_query_beside_the_map_is_refused() -> None:

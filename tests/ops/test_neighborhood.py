@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.golden_cases import GoldenCase, draw_input, draw_weight, load_case
 from vitzoo.ops import neighborhood_attention
 from vitzoo.ops.neighborhood.flat import neighborhood_attention_flat
+from vitzoo.ops.neighborhood.symbolic import neighborhood_attention_symbolic
 
 GOLDEN = [
     (file, case["name"])
@@ -208,3 +209,29 @@ def test_what_does_not_fit_is_refused(options: dict, message: str) -> None:
         neighborhood_attention(q, q, q, **options)
     with pytest.raises(ValueError, match="got 3 dimensions"):
         neighborhood_attention(q[0, 0], q[0, 0], q[0, 0], kernel_size=3)
+
+
+@pytest.mark.parametrize(
+    ("H", "W", "kernel", "dilation"), [(3, 5, 3, 1), (7, 9, 7, 1), (13, 30, 7, 2), (9, 40, 3, 8)]
+)
+def test_the_form_for_unknown_sides_is_the_padded_map_cropped(
+    H: int, W: int, kernel: int, dilation: int
+) -> None:
+    torch.manual_seed(0)
+    padding, inner = torch.randn(2, 4, 3), torch.randn(2, H, W, 2, 4, 3)
+    bias = torch.randn(2, 2 * kernel - 1, 2 * kernel - 1)
+    reach = kernel * dilation
+    whole = padding.expand(2, max(H, reach), max(W, reach), 2, 4, 3).clone()
+    edged = padding.expand(2, H + 1, W + 1, 2, 4, 3).clone()
+    whole[:, :H, :W] = edged[:, :H, :W] = inner
+    expected = neighborhood_attention(
+        *whole.unbind(-1), kernel_size=kernel, dilation=dilation, bias=bias, backend="reference"
+    )
+    found = neighborhood_attention_symbolic(
+        *edged.unbind(-1),
+        sides=(H, W),
+        kernel_size=(kernel, kernel),
+        dilation=(dilation, dilation),
+        bias=bias,
+    )
+    torch.testing.assert_close(found, expected[:, :H, :W], rtol=1e-5, atol=1e-5)

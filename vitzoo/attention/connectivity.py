@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from vitzoo.attention.choices import make_choice
 from vitzoo.attention.layers import Linear
 from vitzoo.ops import topk_mask
+from vitzoo.ops._sides import smaller, symbolic
 
 Grid = tuple[int, int]
 
@@ -32,7 +33,8 @@ def token_resize(trained: Grid, grid: Grid, like: Tensor) -> Tensor | None:
         trained, grid: rows and columns of patches.
         like: a tensor on the device to use.
     """
-    if tuple(trained) == tuple(grid):
+    # Of an unknown grid a matrix in any case: of the trained one it is the identity.
+    if not symbolic(*grid) and tuple(trained) == tuple(grid):
         return None
     patches = trained[0] * trained[1]
     units = torch.eye(patches, device=like.device).view(1, patches, *trained)
@@ -175,7 +177,7 @@ class ConnectivityPredictor(nn.Module):
         table, back = (
             resize_token_table(table, resize) for table in (self.proj_n, self.proj_back_n)
         )
-        budget = self._budget(len(table), left)
+        budget = self._budget(table.shape[0], left)
         if kept is not None:
             rows = F.pad(kept + 1, (1, 0))
             table, back = table[rows], back[rows]
@@ -247,4 +249,4 @@ class ConnectivityPredictor(nn.Module):
         not.
         """
         budget = math.ceil(self.sparsity.keep_rate * tokens)
-        return budget if left is None else min(budget, left)
+        return budget if left is None else smaller(budget, left)

@@ -10,7 +10,9 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vitzoo.attention.layers import Linear
+from vitzoo.ops._sides import symbolic
 from vitzoo.ops.neighborhood import neighborhood_attention
+from vitzoo.ops.neighborhood.symbolic import neighborhood_attention_symbolic
 
 
 @register_notrace_module
@@ -52,6 +54,8 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         H, W = x.shape[1:3]
+        if symbolic(H, W):
+            return self.proj(self._of_any_size(x).flatten(-2))
         reach = self.kernel_size * self.dilation
         bottom, right = max(reach - H, 0), max(reach - W, 0)
         if bottom or right:
@@ -63,3 +67,20 @@ class NeighborhoodAttention(nn.Module):
         if bottom or right:
             out = out[:, :H, :W]
         return self.proj(out.flatten(-2))
+
+    def _of_any_size(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, heads, head_dim), under export with unknown sides."""
+        H, W = x.shape[1:3]
+        # One row and one column stand for all padding.
+        q, k, v = (
+            self.qkv(F.pad(x, (0, 0, 0, 1, 0, 1))).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        )
+        return neighborhood_attention_symbolic(
+            q,
+            k,
+            v,
+            sides=(H, W),
+            kernel_size=(self.kernel_size, self.kernel_size),
+            dilation=(self.dilation, self.dilation),
+            bias=self.rpb,
+        )

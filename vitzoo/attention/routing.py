@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitzoo.attention.choices import make_choice
 from vitzoo.attention.layers import Linear, conv_channels_last
 from vitzoo.ops import attention, linear, routed_attention
+from vitzoo.ops._sides import crop, larger, pieces, smaller, symbolic
 
 Pool = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool"]
 
@@ -96,7 +97,7 @@ class BiLevelRoutingAttention(nn.Module):
         H, W = x.shape[1:3]
         (rows, height), (cols, width) = self._cut(H), self._cut(W)
         bottom, right = rows * height - H, cols * width - W
-        pads = (0, 0, 0, right, 0, bottom) if bottom or right else None
+        pads = (0, 0, 0, right, 0, bottom) if symbolic(H, W) or bottom or right else None
         if pads and not self.pad_after:
             x = F.pad(x, pads)
         qkv = self.qkv(x)
@@ -111,8 +112,8 @@ class BiLevelRoutingAttention(nn.Module):
         out = routed_attention(
             q, k, v, regions, region_grid=grid, weights=weights, scale=self.scale
         )
-        out = out.flatten(-2)[:, :H, :W] + conv_channels_last(v_map, self.lepe)[:, :H, :W]
-        return self.proj(out)
+        local = conv_channels_last(v_map, self.lepe)
+        return self.proj(crop(out.flatten(-2), 0, H, 0, W) + crop(local, 0, H, 0, W))
 
     def route(self, x: Tensor, region: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Numbers (B, regions, top_k) of the chosen regions, and their weights in soft routing.
@@ -123,17 +124,14 @@ class BiLevelRoutingAttention(nn.Module):
         """
         with torch.set_grad_enabled(self.diff_routing and torch.is_grad_enabled()):
             # The mean of a projection is the projection of the mean, at a fraction of the reading.
-            means = F.avg_pool2d(
-                x.permute(0, 3, 1, 2), region, ceil_mode=True, count_include_pad=False
-            )
-            means = means.permute(0, 2, 3, 1).flatten(1, 2)
+            means = _region_means(x, region).flatten(1, 2)
             qk = linear(means, self.qkv.weight[: 2 * self.qk_dim], self.qkv.bias[: 2 * self.qk_dim])
             q, k = qk.chunk(2, dim=-1)
             if self.router is not None:
                 q, k = self.router(q), self.router(k)
             scores = (q * self.scale) @ k.transpose(1, 2)
             # A map smaller than n_win has fewer regions where padding comes after the projection.
-            top_k = min(self.top_k, scores.shape[-1])
+            top_k = smaller(self.top_k, scores.shape[-1])
             regions = make_choice(lambda: scores.topk(top_k, dim=-1).indices)
             if not self.soft_routing:
                 return regions, None
@@ -142,9 +140,9 @@ class BiLevelRoutingAttention(nn.Module):
     def _cut(self, length: int) -> tuple[int, int]:
         """Number of regions along a side, and tokens of each."""
         if self.pad_after:
-            tokens = max(1, length // self.n_win)
-            return -(-length // tokens), tokens
-        return self.n_win, -(-length // self.n_win)
+            tokens = larger(1, length // self.n_win)
+            return pieces(length, tokens), tokens
+        return self.n_win, pieces(length, self.n_win)
 
     def _pool_regions(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, H, W, C) -> (B, rows * h', cols * w', C), each region pooled by itself."""
@@ -155,6 +153,25 @@ class BiLevelRoutingAttention(nn.Module):
         x = x.reshape(B, rows, H // rows, cols, W // cols, C).permute(0, 1, 3, 5, 2, 4)
         x = self.pool(x.flatten(0, 2)).unflatten(0, (B, rows, cols))
         return x.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _region_means(x: Tensor, region: tuple[int, int]) -> Tensor:
+    """Means of x (B, H, W, C) over regions, (B, rows, cols, C); the last ones may be cut off."""
+    if not symbolic(*region):
+        means = F.avg_pool2d(x.permute(0, 3, 1, 2), region, ceil_mode=True, count_include_pad=False)
+        return means.permute(0, 2, 3, 1)
+    # A pooling's window is a number in a graph; a sum's is not.
+    B, H, W, C = x.shape
+    (rows, height), (cols, width) = (
+        (pieces(n, size), size) for n, size in zip((H, W), region, strict=True)
+    )
+    x = F.pad(x, (0, 0, 0, cols * width - W, 0, rows * height - H))
+    sums = x.reshape(B, rows, height, cols, width, C).sum((2, 4))
+    down, across = (
+        (length - torch.arange(count, device=x.device) * size).clamp(max=size).to(x.dtype)
+        for length, count, size in ((H, rows, height), (W, cols, width))
+    )
+    return sums / (down[:, None] * across)[..., None]
 
 
 def _region_pool(kind: Pool, size: int) -> nn.Module | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ VALUES = {
     "halo_attention": 2,
     "neighborhood_attention": 2,
     "routed_attention": 2,
+    "grouped_attention": 2,
     "lookup_gather": 1,
     "lookup_infuse": 1,
 }
@@ -41,7 +42,8 @@ class Layer:
         operator: the operator.
         args, kwargs: of the call.
         out: its result, (B, ..., heads, head_dim).
-        query_grid, key_grid: rows and columns of tokens on either side, without padding.
+        query_grid, key_grid: rows and columns of tokens on either side, without padding; points are
+            one row, in the order in which the layer has them.
         prefix: tokens ahead of the grid (the class token).
     """
 
@@ -121,6 +123,9 @@ def _grids(
     operator: str, args: tuple[Any, ...], module: nn.Module, inputs: tuple[Any, ...], sides: Grid
 ) -> tuple[Grid, Grid, int] | None:
     """Grids of queries and of keys and the prefix; None where tokens lie on no grid."""
+    if operator == "grouped_attention":
+        points = (1, args[0].shape[0])
+        return points, points, 0
     first = inputs[0]
     on_map = first.dim() == 4 and not isinstance(module, HaloAttention)
     own = (first.shape[1], first.shape[2]) if on_map else None
@@ -198,15 +203,33 @@ def keys_of_queries(layer: Layer, queries: list[Grid]) -> list[Seen]:
         inside = row < layer.query_grid[0] and column < layer.query_grid[1]
         if not inside or min(row, column) < 0:
             raise ValueError(f"query {(row, column)} is not on the {layer.query_grid} grid")
-        place: tuple[int, ...] = (row, column)
+        place: tuple[int, ...] = (0, row, column)
         if out.dim() == 4:
-            place = (layer.prefix + row * layer.query_grid[1] + column,)
+            place = (0, layer.prefix + row * layer.query_grid[1] + column)
+        elif out.dim() == 3:
+            place = (column,)
         with torch.enable_grad():
-            one = out[(0, *place)].sum()
+            one = out[place].sum()
         (gradient,) = torch.autograd.grad(one, values, retain_graph=True)
-        weights, elsewhere = _on_grid(gradient[0, ..., 0], layer)
+        gradient = gradient[..., 0] if out.dim() == 3 else gradient[0, ..., 0]
+        weights, elsewhere = _on_grid(gradient, layer)
         found.append(Seen(layer.name, (row, column), layer.query_grid, weights, elsewhere))
     return found
+
+
+def on_map(seen: Seen, cells: Tensor, grid: Grid) -> Seen:
+    """What a point sees, from the order of its layer to the map that the points lie on.
+
+    Args:
+        seen: of a layer over points.
+        cells: (P, 2), row and column of each point in the layer's order.
+        grid: rows and columns of the map.
+    """
+    rows, columns = cells.long().unbind(1)
+    weights = seen.weights.new_zeros(len(seen.weights), *grid)
+    weights[:, rows, columns] = seen.weights[:, 0]
+    row, column = cells[seen.query[1]].tolist()
+    return replace(seen, query=(row, column), query_grid=grid, weights=weights)
 
 
 def _on_grid(weights: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:

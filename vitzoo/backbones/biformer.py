@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -318,10 +317,6 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return build_backbone(BiFormer, name, pretrained, checkpoint_filter_fn, **arguments)
 
 
-_ONE_GRAPH_PER_SIZE = (
-    "The number of regions is fixed and their size follows the image, and small maps take a masked "
-    "path: a traced graph holds one size. Export one graph per size."
-)
 for _name, _variant in VARIANTS.items():
     register(
         ModelInfo(
@@ -336,7 +331,6 @@ for _name, _variant in VARIANTS.items():
             code_licence="MIT",
             odd_sides="all down" if _variant.swin_layout else "up",
             choices="top-k regions of each region, in the first three stages",
-            limits=MappingProxyType({"dynamic_size": _ONE_GRAPH_PER_SIZE}),
         ),
         _build,
         module=__name__,

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -545,10 +544,6 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     )
 
 
-_ONE_GRAPH_PER_SIZE = (
-    "Which keys a tile of queries shares near the borders is worked out while tracing and held as "
-    "a constant: a traced graph holds one size. Export one graph per size."
-)
 for _name, _variant in VARIANTS.items():
     register(
         ModelInfo(
@@ -562,7 +557,6 @@ for _name, _variant in VARIANTS.items():
             paper="2209.15001" if "dinat" in _name or "iso" in _name else "2204.07143",
             code="https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
             code_licence="MIT",
-            limits=MappingProxyType({"dynamic_size": _ONE_GRAPH_PER_SIZE}),
         ),
         _build,
         module=__name__,

@@ -29,6 +29,7 @@ from vitzoo.attention.layers import Linear, pad_image_to_multiple
 from vitzoo.attention.sparse import AttentionRecord, SparseAttention, SparseBlock
 from vitzoo.backbones._build import StateDict, build_backbone, unwrap
 from vitzoo.backbones._registry import ModelInfo, register
+from vitzoo.ops._sides import smaller
 from vitzoo.zoo.entries import DataConfig, timm_configs
 from vitzoo.zoo.entries.sparsifiner import ENTRIES
 
@@ -298,7 +299,7 @@ class Sparsifiner(nn.Module):
     def _keep(self, block: int, left: int, patches: int) -> int | None:
         """Patch tokens that a block leaves of `left`, None if it prunes none."""
         rate = self._pruning_blocks().get(block)
-        return None if rate is None else min(left, math.ceil(rate * patches))
+        return None if rate is None else smaller(left, math.ceil(rate * patches))
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -622,10 +623,6 @@ _ONLY_GETTER = (
     "also the default of timm's ViT)."
 )
 
-_ONE_GRAPH_PER_SIZE = (
-    "How many keys a query keeps follows from the number of tokens and is a number in the traced "
-    "graph. Export one graph per size."
-)
 for _name, _variant in VARIANTS.items():
     register(
         ModelInfo(
@@ -639,12 +636,7 @@ for _name, _variant in VARIANTS.items():
             code="https://github.com/lim142857/Sparsifiner",
             code_licence="MIT",
             choices="top-k",
-            limits=MappingProxyType(
-                {
-                    **dict.fromkeys(_OTHER_WRAPPERS, _ONLY_GETTER),
-                    "dynamic_size": _ONE_GRAPH_PER_SIZE,
-                }
-            ),
+            limits=MappingProxyType(dict.fromkeys(_OTHER_WRAPPERS, _ONLY_GETTER)),
         ),
         _build,
         module=__name__,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from vitzoo.engine.traced import Network, trace
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "openvino": ".xml"}
 QUANTIZED = {
@@ -22,18 +25,17 @@ Runner = Callable[[Tensor], Sequence[Tensor]]
 
 def write_graph(
     program: torch.export.ExportedProgram,
-    model: nn.Module,
+    network: Network,
     to: str,
     path: Path,
     *,
     int8: bool,
-    shape: Sequence[int],
     dynamic: Sequence[str],
 ) -> None:
-    """Write the traced model in a format; with `int8` quantised on the way."""
+    """Write the traced network in a format; with `int8` quantised on the way."""
     if to == "torch-export":
         if int8:
-            program = _torchao(model, shape, dynamic)
+            program = _torchao(network, dynamic)
         torch.export.save(program, path)
         return
     if to == "onnx":
@@ -71,17 +73,34 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, *, int8: bool
         )
 
 
-def _torchao(
-    model: nn.Module, shape: Sequence[int], dynamic: Sequence[str]
-) -> torch.export.ExportedProgram:
+def _torchao(network: Network, dynamic: Sequence[str]) -> torch.export.ExportedProgram:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     from torchao.utils import unwrap_tensor_subclass
 
-    from vitzoo.engine.export import trace
-
-    quantized = copy.deepcopy(model)
+    quantized = copy.deepcopy(network.model)
     quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
-    return trace(unwrap_tensor_subclass(quantized), shape, dynamic)
+    return trace(unwrap_tensor_subclass(quantized), network.shape, dynamic)
+
+
+def write_detector(network: Network, path: Path) -> None:
+    """Write a detector of one image of one size to ONNX by torch's older exporter.
+
+    The newer one goes through torch.export, which does not trace what depends on values: how many
+    boxes are left. The older one takes the sides of padded windows for constants.
+    """
+    image = torch.rand(network.shape)
+    with torch.no_grad(), warnings.catch_warnings():
+        # It warns of every size that becomes a constant.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network.model,
+            (image,),
+            path,
+            dynamo=False,
+            opset_version=17,
+            input_names=["image"],
+            output_names=list(network.outputs),
+        )
 
 
 def run_graph(path: Path, to: str) -> Runner:

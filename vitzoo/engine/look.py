@@ -99,38 +99,62 @@ def look(
     Raises:
         InputError: unknown layer or head, a query beside the image, or see `open_source`.
     """
-    model, picture, x = _opened(path, given, values)
-    height, width = x.shape[-2:]
-    with record_layers(model, (height, width)) as layers, torch.no_grad():
-        model(x)
-    chosen = find_layer(layers, layer)
-    y_pixel, x_pixel = query or (height // 2, width // 2)
-    if not (0 <= y_pixel < height and 0 <= x_pixel < width):
-        raise InputError(f"query {y_pixel},{x_pixel} is not on the image, {height} x {width}")
-    rows, columns = chosen.query_grid
-    seen = keys_of_query(chosen, (y_pixel * rows // height, x_pixel * columns // width))
+    from vitzoo.tasks.pictures import open_image
+
+    task = _opened(given, values)
+    picture, x = as_seen(task, open_image(path, where=path, mode="RGB"))
+    seen = keys_in_image(task.model, x, query=query, layer=layer)
     if head is not None and not 0 <= head < len(seen.weights):
-        raise InputError(f"{chosen.name} has heads 0 to {len(seen.weights) - 1}, not {head}")
+        raise InputError(f"{seen.layer} has heads 0 to {len(seen.weights) - 1}, not {head}")
     output.parent.mkdir(parents=True, exist_ok=True)
     draw_keys(picture, seen, head=head).save(output)
     return seen
 
 
-def _opened(path: str, given: str, values: Sequence[str]) -> tuple[nn.Module, Image.Image, Tensor]:
-    """The model, the image as the model gets it, and its tensor."""
+def keys_in_image(
+    model: nn.Module, x: Tensor, *, query: tuple[int, int] | None = None, layer: str | None = None
+) -> Seen:
+    """The keys of one query in an image.
+
+    Args:
+        model: in eval mode on the CPU.
+        x: (1, C, H, W), prepared.
+        query: y and x in pixels of `x`; its middle if None.
+        layer: see `find_layer`.
+
+    Raises:
+        InputError: unknown layer, or a query beside the image.
+    """
+    height, width = x.shape[-2:]
+    with record_layers(model, (height, width)) as layers, torch.no_grad():
+        model(x)
+    chosen = find_layer(layers, layer)
+    row, column = query or (height // 2, width // 2)
+    if not (0 <= row < height and 0 <= column < width):
+        raise InputError(f"query {row},{column} is not on the image, {height} x {width}")
+    rows, columns = chosen.query_grid
+    return keys_of_query(chosen, (row * rows // height, column * columns // width))
+
+
+def as_seen(task: Any, image: Image.Image) -> tuple[Image.Image, Tensor]:
+    """An image as a classifier gets it: a picture, and the tensor (1, C, H, W)."""
     from torchvision.transforms.functional import to_pil_image
 
+    x = task.transform()(image)[None]
+    config = task.data_config()
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    return to_pil_image((x[0] * std + mean).clamp(0, 1)), x
+
+
+def _opened(given: str, values: Sequence[str]) -> Any:
+    """A classification task with its model on the CPU."""
     from vitzoo.engine.predict import load
-    from vitzoo.tasks.pictures import open_image
 
     task: Any = load(given, values)
     if not hasattr(task, "transform"):
         raise InputError(f"{given} does not take one image")
-    x = task.transform()(open_image(path, where=path, mode="RGB"))[None]
-    config = task.data_config()
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
-    picture = to_pil_image((x[0] * std + mean).clamp(0, 1))
-    return task.model.cpu().eval(), picture, x
+    task.model.cpu().eval()
+    return task
 
 
 def profile(
@@ -142,7 +166,10 @@ def profile(
     that of the weights, in bits; importance is |sum(out * gradient of the best logit)| over a
     head's outputs (Michel et al., arXiv 1905.10650, section 2.3), as a share of its layer.
     """
-    model, _, x = _opened(path, given, values)
+    from vitzoo.tasks.pictures import open_image
+
+    task = _opened(given, values)
+    model, x = task.model, as_seen(task, open_image(path, where=path, mode="RGB"))[1]
     sides = (x.shape[-2], x.shape[-1])
     with record_layers(model, sides) as layers, torch.enable_grad():
         logits = model(x.requires_grad_())

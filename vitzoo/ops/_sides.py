@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,21 @@ from torch import Tensor
 def symbolic(*sides: int) -> bool:
     """Whether a side is unknown: an exported graph must then not branch on it."""
     return any(isinstance(side, torch.SymInt) for side in sides)
+
+
+def exporting() -> bool:
+    """Whether a graph is made, which must run where this package is not installed."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def larger(a: int, b: int) -> Any:
+    """max(a, b), also of symbols."""
+    return torch.sym_max(a, b) if symbolic(a, b) else max(a, b)
+
+
+def smaller(a: int, b: int) -> Any:
+    """min(a, b), also of symbols."""
+    return torch.sym_min(a, b) if symbolic(a, b) else min(a, b)
 
 
 def pieces(side: int, size: int) -> int:

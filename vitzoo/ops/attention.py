@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._half import slow_products, widened
+from vitzoo.ops._sides import exporting
 from vitzoo.ops.attention_weights import attention_weights_reference
 
 # Up to so many keys, a training step is faster with products and a softmax that keeps its result.
@@ -45,7 +46,9 @@ def attention_portable(
         if q.dtype != torch.float32 or k.shape[1] <= _FEW_KEYS or learned_bias:
             return attention_reference(q, k, v, bias=bias, mask=mask, scale=scale)
     attend = bias
-    if mask is not None and bias is None and mask.device.type == "cpu" and q.dtype == torch.float32:
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.float32
+    # Graph formats know no bits.
+    if mask is not None and bias is None and on_cpu and not exporting():
         attend = _minus_infinity(mask)
     elif mask is not None:
         attend = mask if bias is None else bias.masked_fill(~mask, float("-inf"))

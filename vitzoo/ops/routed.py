@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._kernels import triton_backend
+from vitzoo.ops._sides import exporting, symbolic
 from vitzoo.ops.attention import attention_portable, attention_reference
 
 Grid = tuple[int, int]
@@ -96,6 +97,9 @@ def routed_attention_portable(
     scale: float | None = None,
 ) -> Tensor:
     """Masked over the whole map where that is small, else over regions picked by number."""
+    if symbolic(*q.shape[1:3]):
+        # One graph of every size: nothing may depend on the sides.
+        return _picked(q, k, v, regions, region_grid, scale, weights)
     check_regions(q, k, v, regions, region_grid)
     if weights is not None:
         return _picked(q, k, v, regions, region_grid, scale, weights)
@@ -103,7 +107,7 @@ def routed_attention_portable(
         regions.shape[2] >= _MASKED_SHARE * regions.shape[1]
     ):
         return _masked(q, k, v, regions, region_grid, scale)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or exporting():
         # A compiler decides by itself what it computes again in backward.
         return _picked(q, k, v, regions, region_grid, scale)
     return _Picked.apply(q, k, v, regions, region_grid, scale)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._sides import exporting, symbolic
 
 
 def topk_mask_reference(scores: Tensor, k: int) -> Tensor:
@@ -76,7 +77,7 @@ def _(scores: Tensor, k: int) -> Tensor:
 def _numpy_why_not(scores: Tensor, k: int) -> str | None:
     if scores.device.type != "cpu":
         return f"numpy works on the CPU, the scores are on {scores.device.type}."
-    if torch.compiler.is_exporting():
+    if exporting():
         return "an exported graph should need nothing but torch."
     return None
 
@@ -108,6 +109,6 @@ def topk_mask(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: k is not in 1 to N.
     """
-    if not 1 <= k <= scores.shape[-1]:
+    if not symbolic(k, scores.shape[-1]) and not 1 <= k <= scores.shape[-1]:
         raise ValueError(f"k must be in 1 to {scores.shape[-1]}, got {k}")
     return TOPK_MASK(scores, k, backend=backend)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitzoo.heads.pyramid import Maps
 from vitzoo.heads.segmentation.decoders import AuxiliaryHead, Decoder, build_decoder
+from vitzoo.ops._sides import overhang
 
 STRIDES = (4, 8, 16, 32)
 
@@ -38,7 +39,7 @@ class Segmenter(nn.Module):
         auxiliary head training gives `{"out": ..., "aux": ...}`, both of the images' size.
         """
         H, W = images.shape[-2:]
-        padded = F.pad(images, (0, -W % 32, 0, -H % 32))
+        padded = F.pad(images, (0, overhang(W, 32), 0, overhang(H, 32)))
         maps = self.backbone(padded)
         logits: Tensor = self.decoder(padded, maps)
         logits = logits[..., :H, :W]

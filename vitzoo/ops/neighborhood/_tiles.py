@@ -13,8 +13,8 @@ Pair = Sequence[int]
 
 # Rows and columns of a tile, each with the length up to which one tile takes the whole axis
 # (docs/decisions.md).
-_ROWS = (4, 7)
-_COLUMNS = (7, 14)
+ROWS = (4, 7)
+COLUMNS = (7, 14)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def axes(maps: Tensor, kernel_size: Pair) -> tuple[Axis, Axis]:
     """Rows and columns of maps (B, classes, classes, H, W, heads, d), cut into tiles."""
     found = []
     for length, kernel, (tile, whole) in zip(
-        maps.shape[3:5], kernel_size, (_ROWS, _COLUMNS), strict=True
+        maps.shape[3:5], kernel_size, (ROWS, COLUMNS), strict=True
     ):
         tile = max(tile, kernel // 2)
         found.append(Axis(length, kernel, length if length <= max(whole, tile) else tile))
