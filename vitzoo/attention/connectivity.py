@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from vitzoo.attention.choices import make_choice
 from vitzoo.attention.layers import Linear
 from vitzoo.ops import topk_mask
-from vitzoo.ops._sides import smaller, symbolic
+from vitzoo.ops._sides import pieces, smaller, symbolic
 
 Grid = tuple[int, int]
 
@@ -99,6 +100,14 @@ def clear_dead(x: Tensor, live: Tensor) -> Tensor:
     """Zeros in place of the patch rows of x (B, N, ...) that `live` (B, N-1) does not mark."""
     alive = F.pad(live, (1, 0), value=True)
     return x.masked_fill(~alive.view(*alive.shape, *(1,) * (x.dim() - 2)), 0.0)
+
+
+def share(rate: float, tokens: int) -> int:
+    """ceil(rate * tokens); of an unknown number in integers, which every graph format has."""
+    if not symbolic(tokens):
+        return math.ceil(rate * tokens)
+    exact = Fraction(rate).limit_denominator(10_000)
+    return pieces(exact.numerator * tokens, exact.denominator)
 
 
 class ConnectivityPredictor(nn.Module):
@@ -248,5 +257,5 @@ class ConnectivityPredictor(nn.Module):
         The authors' module keeps a budget that shrank for one image for all later ones; this does
         not.
         """
-        budget = math.ceil(self.sparsity.keep_rate * tokens)
+        budget = share(self.sparsity.keep_rate, tokens)
         return budget if left is None else smaller(budget, left)

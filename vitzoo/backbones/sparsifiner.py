@@ -24,7 +24,13 @@ from timm.models._input import update_model_input_size
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
-from vitzoo.attention.connectivity import Grid, Sparsity, resize_token_table, token_resize
+from vitzoo.attention.connectivity import (
+    Grid,
+    Sparsity,
+    resize_token_table,
+    share,
+    token_resize,
+)
 from vitzoo.attention.layers import Linear, pad_image_to_multiple
 from vitzoo.attention.sparse import AttentionRecord, SparseAttention, SparseBlock
 from vitzoo.backbones._build import StateDict, build_backbone, unwrap
@@ -299,7 +305,7 @@ class Sparsifiner(nn.Module):
     def _keep(self, block: int, left: int, patches: int) -> int | None:
         """Patch tokens that a block leaves of `left`, None if it prunes none."""
         rate = self._pruning_blocks().get(block)
-        return None if rate is None else smaller(left, math.ceil(rate * patches))
+        return None if rate is None else smaller(left, share(rate, patches))
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         if self.grad_checkpointing and not torch.jit.is_scripting():
