@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ SIZE = 224
 BOUND = 1e-4
 
 
-def sides(batch: int, folder: Path) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
+def sides(
+    batch: int, formats: Sequence[str], folder: Path
+) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
     """Name -> one pass, and the graphs' largest differences to timm's logits."""
     torch.manual_seed(0)
     theirs = timm.create_model("davit_tiny").eval()
@@ -41,8 +43,8 @@ def sides(batch: int, folder: Path) -> tuple[dict[str, Callable[[], Any]], dict[
     network = Network(ours, (3, SIZE, SIZE), {}, ("logits",))
     program = trace(ours, network.shape, dynamic)
     apart = {}
-    for to, suffix in SUFFIXES.items():
-        path = folder / f"graph{suffix}"
+    for to in formats:
+        path = folder / f"graph{SUFFIXES[to]}"
         write_graph(program, network, to, path, int8=False, dynamic=dynamic)
         run = run_graph(path, to)
         name = f"vz_davit_tiny, {to}"
@@ -53,10 +55,10 @@ def sides(batch: int, folder: Path) -> tuple[dict[str, Callable[[], Any]], dict[
 
 
 @torch.no_grad()
-def measure(batch: int, rounds: int) -> dict[str, Any]:
+def measure(batch: int, formats: Sequence[str], rounds: int) -> dict[str, Any]:
     """Milliseconds of every side, and how often it fits into timm's eager pass."""
     with tempfile.TemporaryDirectory() as folder:
-        passes, apart = sides(batch, Path(folder))
+        passes, apart = sides(batch, formats, Path(folder))
         for step in passes.values():
             step()
         found = interleaved(passes, rounds=rounds, seconds=40)
@@ -75,11 +77,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--formats", nargs="+", default=list(SUFFIXES), choices=list(SUFFIXES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/export.json"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    results = [measure(batch, given.rounds) for batch in given.batch]
+    results = [measure(batch, given.formats, given.rounds) for batch in given.batch]
     report = {"machine": machine(), "threads": given.threads, "size": SIZE, "results": results}
     given.out.write_text(json.dumps(report, indent=1) + "\n")
     for result in results:

@@ -120,6 +120,8 @@ def run_graph(path: Path, to: str) -> Runner:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Threads that wait busily would slow down whatever runs between two calls.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
         return lambda x: [torch.from_numpy(out) for out in session.run(None, {name: x.numpy()})]
