@@ -27,7 +27,6 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "openvino": "export",
-    "nncf": "export",
     "torchao": "export",
     "torchmetrics": "det",
     "gradio": "demo",
