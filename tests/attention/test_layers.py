@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitzoo.attention.layers import Mlp
+from vitzoo.attention.layers import Mlp, add_conv
 
 
 def test_an_mlp_with_and_without_gradients() -> None:
@@ -36,3 +36,19 @@ def test_another_layer_in_an_mlp_is_called() -> None:
     mlp.act = nn.ReLU()
     with torch.inference_mode():
         torch.testing.assert_close(mlp(x), mlp.fc2(mlp.fc1(x).relu()))
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_a_convolution_and_a_sum_with_and_without_gradients(kernel_size: int) -> None:
+    conv = nn.Conv2d(8, 8, kernel_size, padding=kernel_size // 2, groups=8)
+    x, other = torch.randn(2, 9, 7, 24)[..., 16:], torch.randn(2, 11, 7, 8)[:, :9]
+    expected = other + conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    before = other.clone()
+    torch.testing.assert_close(add_conv(x, conv, other), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(add_conv(x, conv, other), expected, rtol=0, atol=1e-6)
+        assert torch.equal(other, before)
+        heard: list[int] = []
+        conv.register_forward_hook(lambda *_: heard.append(1))
+        add_conv(x, conv, other)
+    assert heard

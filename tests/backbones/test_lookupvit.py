@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitzoo  # noqa: F401
+from vitzoo.attention import lookup as lookup_layers
 from vitzoo.attention.lookup import Gather, Infuse, LookupBlock
 from vitzoo.backbones.lookupvit import checkpoint_filter_fn, resize_map
 
@@ -337,3 +338,38 @@ def test_impossible_arguments_are_refused(wrong: dict[str, Any], message: str) -
     shape = {"embed_dim": DIM, "depth": 1, "num_heads": HEADS}
     with pytest.raises(ValueError, match=message):
         timm.create_model("vz_lookupvit_small", **{**shape, **wrong})
+
+
+@pytest.mark.parametrize("reuse", ["logits", "weights"])
+@pytest.mark.parametrize(("side", "folded"), [(3, True), (5, True), (10, False)])
+def test_few_compressed_tokens_take_the_projections(
+    side: int, folded: bool, reuse: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without gradients the lookup tokens' keys, values and update are not projected one by one.
+    torch.manual_seed(3)
+    block = LookupBlock(256, 4, reuse=reuse).eval()
+    for p in block.parameters():
+        nn.init.normal_(p, mean=float(p.dim() == 1) * 0.1, std=0.06)
+    calls: list[str] = []
+    for name in ("folded_similarity", "folded_gather", "folded_infuse"):
+        step = getattr(lookup_layers, name)
+
+        def counted(*args: Any, step: Any = step, name: str = name, **kwargs: Any) -> Tensor:
+            calls.append(name)
+            return step(*args, **kwargs)
+
+        monkeypatch.setattr(lookup_layers, name, counted)
+    lookup, compressed = torch.randn(2, 14, 14, 256), torch.randn(2, side * side, 256)
+    expected = [t.detach() for t in block(lookup, compressed)]
+    assert not calls
+    with torch.inference_mode():
+        found = block(lookup, compressed)
+        assert len(calls) == (3 if folded else 0)
+        # Whoever listens to a layer finds it called.
+        heard: list[str] = []
+        block.gather.kv.register_forward_hook(lambda *_: heard.append("kv"))
+        block.infuse.proj.register_forward_hook(lambda *_: heard.append("proj"))
+        block(lookup, compressed)
+    assert heard == ["kv", "proj"]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

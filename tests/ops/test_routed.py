@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import profile
 
 from tests.ops.comparison import assert_backend_agrees, random_tensors
-from vitzoo.ops import attention, routed, routed_attention
+from vitzoo.ops import _routed, attention, routed, routed_attention
 from vitzoo.ops.routed import routed_attention_reference
 
 assert_agrees = partial(assert_backend_agrees, routed_attention, "portable")
@@ -50,6 +50,32 @@ def test_portable_is_the_definition(case: str) -> None:
     size, grid, chosen = CASES[case]
     qkv, regions = make_inputs(size, grid, chosen)
     assert_agrees(qkv, regions=regions, region_grid=grid, scale=0.3)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("piece", [1, 2 << 20])
+def test_products_are_the_definition(
+    case: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_routed, "_PIECE_BYTES", piece)
+    size, grid, chosen = CASES[case]
+    qkv, regions = make_inputs(size, grid, chosen)
+    with torch.no_grad():
+        found, expected = (
+            routed_attention(**qkv, regions=regions, region_grid=grid, scale=0.3, backend=backend)
+            for backend in ("products", "reference")
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_products_take_pooled_keys_and_refuse_gradients() -> None:
+    qkv, regions = make_inputs((14, 21), (7, 7), 3, kv_size=(7, 14))
+    given = {"regions": regions, "region_grid": (7, 7)}
+    with pytest.raises(ValueError, match="no backward"):
+        routed_attention(**qkv, **given, backend="products")
+    with torch.no_grad():
+        found = routed_attention(**qkv, **given, backend="products")
+        torch.testing.assert_close(found, routed_attention_reference(**qkv, **given))
 
 
 @pytest.mark.parametrize("piece", [1, 20_000])

@@ -10,6 +10,7 @@ from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from vitzoo.ops import linear, linear_gelu
+from vitzoo.ops._onednn import records_gradient, why_not_onednn
 from vitzoo.ops._sides import overhang, symbolic
 
 
@@ -23,6 +24,14 @@ class Linear(nn.Linear):
 
 # A leaf for torch.fx, like every attention module: its operator chooses by shape and dtype.
 register_notrace_module(Linear)
+
+
+def untouched(layer: nn.Module) -> bool:
+    """Whether a step may read the parameters of a `Linear` instead of calling it.
+
+    Not where somebody put another layer in its place, or listens.
+    """
+    return type(layer) is Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 @register_notrace_module
@@ -43,10 +52,9 @@ class Mlp(nn.Module):
 
     def _hidden(self, x: Tensor) -> Tensor:
         fc1, act = self.fc1, self.act
-        hooked = fc1._forward_hooks or fc1._forward_pre_hooks or act._forward_hooks
-        if type(fc1) is Linear and type(act) is nn.GELU and not hooked:
+        if untouched(fc1) and type(act) is nn.GELU and not act._forward_hooks:
             return linear_gelu(x, fc1.weight, fc1.bias)
-        return act(fc1(x))  # somebody put another layer in, or listens
+        return act(fc1(x))
 
 
 @register_notrace_module
@@ -85,6 +93,33 @@ def depthwise_residual(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def conv_channels_last(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """`conv` on a (B, H, W, C) map without copies: the permuted view is channels-last memory."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def add_conv(x: Tensor, conv: nn.Conv2d, other: Tensor) -> Tensor:
+    """other + conv(x) on (B, H, W, C) maps, for a `conv` of stride 1 that keeps the map's size.
+
+    In inference one oneDNN call, which reads `other` where it writes the sum.
+    """
+    hooked = type(conv) is not nn.Conv2d or conv._forward_hooks or conv._forward_pre_hooks
+    unfit = hooked or records_gradient(x, other, conv.weight, conv.bias)
+    if unfit or why_not_onednn(x, other, conv.weight) is not None:
+        return other + conv_channels_last(x, conv)
+    out = torch.ops.mkldnn._convolution_pointwise.binary(
+        x.permute(0, 3, 1, 2),
+        other.permute(0, 3, 1, 2),
+        conv.weight,
+        conv.bias,
+        conv.padding,
+        conv.stride,
+        conv.dilation,
+        conv.groups,
+        "add",
+        1.0,
+        None,
+        [],
+        "",
+    )
+    return out.permute(0, 2, 3, 1)
 
 
 @register_notrace_function

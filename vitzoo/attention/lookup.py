@@ -12,8 +12,9 @@ from typing import Any
 from timm.layers import DropPath, register_notrace_module
 from torch import Tensor, nn
 
-from vitzoo.attention.layers import Linear, Mlp
+from vitzoo.attention.layers import Linear, Mlp, untouched
 from vitzoo.ops import attention, lookup_gather, lookup_infuse, lookup_similarity
+from vitzoo.ops.lookup import folded_gather, folded_infuse, folded_similarity, folds
 
 _NORM_EPS = 1e-6
 
@@ -34,7 +35,13 @@ class Gather(nn.Module):
     def forward(self, lookup: Tensor, compressed: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, C), (B, M, C) -> update of the compressed tokens, similarity."""
         q = self.q(self.norm_compressed(compressed)).unflatten(-1, (self.num_heads, -1))
-        kv = self.kv(self.norm_lookup(lookup)).flatten(1, 2)
+        x = self.norm_lookup(lookup).flatten(1, 2)
+        weight, bias = self.kv.weight, self.kv.bias
+        if untouched(self.kv) and folds(x.shape[1], q.shape[1], self.num_heads, x, q, weight):
+            (k_weight, v_weight), (k_bias, v_bias) = weight.chunk(2), bias.chunk(2)
+            similarity = folded_similarity(q, x, k_weight, k_bias)
+            return self.proj(folded_gather(similarity, x, v_weight, v_bias)), similarity
+        kv = self.kv(x)
         k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         similarity = lookup_similarity(q, k)
         return self.proj(lookup_gather(similarity, v).flatten(2)), similarity
@@ -55,6 +62,10 @@ class Infuse(nn.Module):
     def forward(self, lookup: Tensor, compressed: Tensor, similarity: Tensor) -> Tensor:
         """(B, H, W, C), (B, M, C), (B, heads, M, H * W) -> update (B, H, W, C)."""
         v = self.v(self.norm(compressed)).unflatten(-1, (self.num_heads, -1))
+        weight, tokens = self.proj.weight, similarity.shape[-1]
+        if untouched(self.proj) and folds(tokens, v.shape[1], self.num_heads, lookup, v, weight):
+            update = folded_infuse(similarity, v, weight, self.proj.bias, reuse=self.reuse)
+            return update.unflatten(1, lookup.shape[1:3])
         update = lookup_infuse(similarity, v, reuse=self.reuse).flatten(2)
         return self.proj(update).unflatten(1, lookup.shape[1:3])
 

@@ -10,8 +10,9 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vitzoo.attention.choices import make_choice
-from vitzoo.attention.layers import Linear, conv_channels_last
+from vitzoo.attention.layers import Linear, add_conv, conv_channels_last, untouched
 from vitzoo.ops import attention, linear, routed_attention
+from vitzoo.ops._onednn import records_gradient, why_not_onednn
 from vitzoo.ops._sides import crop, larger, pieces, smaller, symbolic
 
 Pool = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool"]
@@ -100,20 +101,35 @@ class BiLevelRoutingAttention(nn.Module):
         pads = (0, 0, 0, right, 0, bottom) if symbolic(H, W) or bottom or right else None
         if pads and not self.pad_after:
             x = F.pad(x, pads)
-        qkv = self.qkv(x)
+        qk, v_map = self._project(x)
         regions, weights = self.route(x, (height, width))
-        v_map = qkv[..., 2 * self.qk_dim :]
+        v = v_map
         if pads and self.pad_after:
-            qkv = F.pad(qkv, pads)
+            qk, v = F.pad(qk, pads), F.pad(v, pads)
         grid = (rows, cols)
-        q, k, v = qkv.split((self.qk_dim, self.qk_dim, x.shape[-1]), dim=-1)
+        q, k = qk.chunk(2, dim=-1)
         k, v = self._pool_regions(k, grid), self._pool_regions(v, grid)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
         out = routed_attention(
             q, k, v, regions, region_grid=grid, weights=weights, scale=self.scale
         )
+        out = out.flatten(-2)
+        if pads is None:
+            return self.proj(add_conv(v_map, self.lepe, out))
         local = conv_channels_last(v_map, self.lepe)
-        return self.proj(crop(out.flatten(-2), 0, H, 0, W) + crop(local, 0, H, 0, W))
+        return self.proj(crop(out, 0, H, 0, W) + crop(local, 0, H, 0, W))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k side by side, and v; in inference on a CPU v has memory of its own.
+
+        The convolution would copy a part of a joint projection.
+        """
+        split = 2 * self.qk_dim
+        weight, bias = self.qkv.weight, self.qkv.bias
+        apart = untouched(self.qkv) and not records_gradient(x, weight)
+        if not apart or why_not_onednn(x, weight) is not None:
+            return self.qkv(x).split((split, x.shape[-1]), dim=-1)
+        return linear(x, weight[:split], bias[:split]), linear(x, weight[split:], bias[split:])
 
     def route(self, x: Tensor, region: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Numbers (B, regions, top_k) of the chosen regions, and their weights in soft routing.
@@ -224,5 +240,4 @@ class AttentionLePE(nn.Module):
         qkv = self.qkv(x)
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         local = x if self.lepe_on == "input" else qkv.chunk(3, dim=-1)[2]
-        out = attention(q, k, v).reshape(x.shape) + conv_channels_last(local, self.lepe)
-        return self.proj(out)
+        return self.proj(add_conv(local, self.lepe, attention(q, k, v).reshape(x.shape)))

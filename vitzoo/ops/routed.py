@@ -9,6 +9,8 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._kernels import triton_backend
+from vitzoo.ops._onednn import records_gradient, why_not_onednn
+from vitzoo.ops._routed import attend_masked, attend_picked
 from vitzoo.ops._sides import exporting, symbolic
 from vitzoo.ops.attention import attention_portable, attention_reference
 
@@ -103,9 +105,7 @@ def routed_attention_portable(
     check_regions(q, k, v, regions, region_grid)
     if weights is not None:
         return _picked(q, k, v, regions, region_grid, scale, weights)
-    if max(q.shape[1] * q.shape[2], k.shape[1] * k.shape[2]) <= _MASKED_TOKENS and (
-        regions.shape[2] >= _MASKED_SHARE * regions.shape[1]
-    ):
+    if _masking_pays(q, k, regions):
         return _masked(q, k, v, regions, region_grid, scale)
     if torch.compiler.is_compiling() or exporting():
         # A compiler decides by itself what it computes again in backward.
@@ -113,10 +113,13 @@ def routed_attention_portable(
     return _Picked.apply(q, k, v, regions, region_grid, scale)
 
 
-def _masked(
-    q: Tensor, k: Tensor, v: Tensor, regions: Tensor, region_grid: Grid, scale: float | None
-) -> Tensor:
-    """Every token against every token; what was not chosen gets no weight."""
+def _masking_pays(q: Tensor, k: Tensor, regions: Tensor) -> bool:
+    tokens = max(q.shape[1] * q.shape[2], k.shape[1] * k.shape[2])
+    return tokens <= _MASKED_TOKENS and regions.shape[2] >= _MASKED_SHARE * regions.shape[1]
+
+
+def _mask(q: Tensor, k: Tensor, regions: Tensor, region_grid: Grid) -> Tensor:
+    """(B, queries, keys), 0 where a query's region chose the key's, else -inf."""
     B, H, W = q.shape[:3]
     p, (rows, cols) = regions.shape[1], region_grid
     mask = torch.full((B, p, p), float("-inf"), dtype=q.dtype, device=q.device)
@@ -124,9 +127,16 @@ def _masked(
     # Along the keys first: the second, larger copy then has long rows.
     mask = mask.expand(-1, -1, -1, k.shape[1] // rows, -1, k.shape[2] // cols)
     mask = mask.reshape(B, rows, 1, cols, 1, -1)
-    mask = mask.expand(-1, -1, H // rows, -1, W // cols, -1).reshape(B, 1, H * W, -1)
-    q, k, v = (x.flatten(1, 2) for x in (q, k, v))
-    return attention_portable(q, k, v, bias=mask, scale=scale).unflatten(1, (H, W))
+    return mask.expand(-1, -1, H // rows, -1, W // cols, -1).reshape(B, H * W, -1)
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, regions: Tensor, region_grid: Grid, scale: float | None
+) -> Tensor:
+    """Every token against every token; what was not chosen gets no weight."""
+    mask = _mask(q, k, regions, region_grid)[:, None]
+    out = attention_portable(*(x.flatten(1, 2) for x in (q, k, v)), bias=mask, scale=scale)
+    return out.unflatten(1, q.shape[1:3])
 
 
 def _flat_numbers(regions: Tensor) -> Tensor:
@@ -230,10 +240,55 @@ def _why_not_triton(
     return None
 
 
+def routed_attention_products(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    regions: Tensor,
+    *,
+    region_grid: Grid,
+    weights: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """As `portable`, from batched products and a softmax in place."""
+    check_regions(q, k, v, regions, region_grid)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not _masking_pays(q, k, regions):
+        return attend_picked(q, k, v, _flat_numbers(regions), region_grid, scale)
+    mask = _mask(q, k, regions, region_grid)
+    out = attend_masked(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask, scale)
+    return out.unflatten(1, q.shape[1:3])
+
+
+def _products_why_not(
+    q: Tensor, k: Tensor, v: Tensor, regions: Tensor, *, weights: Tensor | None = None, **_: Any
+) -> str | None:
+    if weights is not None:
+        return "They have no weights of regions."
+    if records_gradient(q, k, v):
+        return "They have no backward pass."
+    # The same steps stay torch's own that must not become a call into oneDNN.
+    if why_not_onednn(q, k, v) is not None:
+        return "They are for plain float32 tensors in eager mode on the CPU."
+    return None
+
+
+def _products_auto_skip(*args: Any, **kwargs: Any) -> str | None:
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return "torch's fused kernel is as fast with AVX-512."
+    return None
+
+
 ROUTED_ATTENTION = Operator(
     "routed_attention",
     [
         triton_backend("routed_attention", _why_not_triton),
+        Backend(
+            "products",
+            routed_attention_products,
+            why_not=_products_why_not,
+            auto_skip=_products_auto_skip,
+        ),
         Backend("portable", routed_attention_portable),
         Backend("reference", routed_attention_reference),
     ],
@@ -266,7 +321,8 @@ def routed_attention(
         weights: (B, rows * cols, chosen), factors on the keys and values of each chosen region
             (soft routing); None for 1.
         scale: factor on q k^T; head_dim ** -0.5 if None.
-        backend: `auto`, `triton`, `portable` or `reference`.
+        backend: `auto`, `triton`, `products` (inference in float32 on a CPU), `portable` or
+            `reference`.
 
     Returns:
         (B, H, W, heads, head_dim of v).
