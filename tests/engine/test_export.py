@@ -57,7 +57,7 @@ def _agrees(
 
 
 @pytest.mark.parametrize(
-    "to", [pytest.param(to, marks=pytest.mark.slow if to == "openvino" else ()) for to in SUFFIXES]
+    "to", [pytest.param(to, marks=() if to == "onnx" else pytest.mark.slow) for to in SUFFIXES]
 )
 def test_any_batch_and_size_in_one_graph(to: str, tmp_path: Path) -> None:
     network = _network("vz_davit_tiny", (3, 64, 64), num_classes=5, **FOUR)
