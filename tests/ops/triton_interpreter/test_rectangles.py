@@ -14,10 +14,10 @@ from vitzoo.ops import OPERATORS, halo_attention, neighborhood_attention, window
 # map, window, shift, bias, fill, head_dim of q and of v
 WINDOWS = [
     ((1, 1), 7, 0, True, False, 16, 16),
-    ((7, 9), 7, 0, False, False, 32, 32),
+    pytest.param((7, 9), 7, 0, False, False, 32, 32, marks=pytest.mark.slow),
     ((6, 7), 4, 3, True, True, 20, 12),
     pytest.param((5, 13), 6, 2, True, False, 16, 48, marks=pytest.mark.slow),
-    ((9, 6), 8, 0, False, True, 8, 8),
+    pytest.param((9, 6), 8, 0, False, True, 8, 8, marks=pytest.mark.slow),
 ]
 
 
@@ -50,7 +50,7 @@ def test_windows(
     [
         ((1, 1), 1, 1, False),
         ((7, 9), 7, 1, True),
-        ((13, 10), 3, 2, True),
+        ((7, 8), 3, 2, True),
         pytest.param((14, 17), (3, 5), (3, 1), True, marks=pytest.mark.slow),
         pytest.param((17, 12), 9, 1, False, marks=pytest.mark.slow),
     ],
@@ -90,7 +90,7 @@ HALOS = [
     ((5, 9), 4, 2, 1, "constant", True, 20),
     pytest.param((9, 13), 4, 1, 2, "zero", True, 20, marks=pytest.mark.slow),
     ((11, 6), 4, 2, 2, "constant", True, 16),
-    ((9, 6), 8, 3, 1, "zero", False, 16),
+    pytest.param((9, 6), 8, 3, 1, "zero", False, 16, marks=pytest.mark.slow),
 ]
 
 

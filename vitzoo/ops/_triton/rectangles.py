@@ -230,7 +230,8 @@ def forward(
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries over all keys of its unit."""
-    (q_map, k_map, v_map, bias), term_maps, fills, (out_map, lse_map) = pointers
+    maps, term_maps, fills, written = pointers
+    q_map, k_map, v_map, bias = maps
     head, image, unit_y, unit_x, sub_y, sub_x = split_program(
         tl.program_id(0), sizes, AXES[0][0], AXES[1][0], SUB
     )
@@ -256,5 +257,5 @@ def forward(
         )  # fmt: skip
         total, top, out = softmax_step(logits, v, total, top, out)
     out, lse = finish(total, top, out)
-    store_rows(out_map, numbers * DV, valid, out, DV, BLOCK_DV)
-    tl.store(lse_map + numbers, lse, mask=valid)
+    store_rows(written[0], numbers * DV, valid, out, DV, BLOCK_DV)
+    tl.store(written[1] + numbers, lse, mask=valid)

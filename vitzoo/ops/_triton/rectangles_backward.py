@@ -103,7 +103,8 @@ def queries(
     BLOCK_W: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries, and this tile's share of a table's and of the constants'."""
-    (maps, term_maps, fills), saved, (d_q, delta_map), d_term_maps, shares = pointers
+    given, saved, written, d_term_maps, shares = pointers
+    maps, term_maps, fills = given
     head, image, unit_y, unit_x, sub_y, sub_x = split_program(
         tl.program_id(0), sizes, AXES[0][0], AXES[1][0], SUB
     )
@@ -113,7 +114,7 @@ def queries(
     q = load_rows(maps[0], offsets(image, at[0], at[1], head, q_strides), valid, D, BLOCK_D)
     numbers = row_numbers(image, at[0], at[1], head, sizes[0], sizes[1], sizes[2])
     lse, delta, d_out = rows_of_output(saved, numbers, valid, DV, BLOCK_DV)
-    tl.store(delta_map + numbers, delta, mask=valid)
+    tl.store(written[1] + numbers, delta, mask=valid)
     terms = query_terms(term_maps, numbers, valid, AXES, BIAS, BLOCK_W)
     constants = unit_constants(fills, head, FILL, D, DV, BLOCK_D, BLOCK_DV)
     d_terms = (tl.zeros([BLOCK_M, BLOCK_W], tl.float32), tl.zeros([BLOCK_M, BLOCK_W], tl.float32))
@@ -138,7 +139,7 @@ def queries(
             table = table_step(table, d_logits, members, member, AXES, SUB, PITCH, PRECISION)
         if FILL:
             outside = outside_step(outside, weights, d_logits, constant)
-    store_rows(d_q, numbers * D, valid, total * scale, D, BLOCK_D)
+    store_rows(written[0], numbers * D, valid, total * scale, D, BLOCK_D)
     if BIAS == AXIAL:
         store_rows(d_term_maps[0], numbers * AXES[0][5], valid, d_terms[0], AXES[0][5], BLOCK_W)
         store_rows(d_term_maps[1], numbers * AXES[1][5], valid, d_terms[1], AXES[1][5], BLOCK_W)
@@ -243,7 +244,8 @@ def keys(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values: all queries that attend to it, at most `most`."""
-    (q_map, k_map, v_map, bias), term_maps, saved, (d_k, d_v) = pointers
+    maps, term_maps, saved, written = pointers
+    q_map, k_map, v_map, bias = maps
     head, image, unit_y, unit_x, sub_y, sub_x = split_program(
         tl.program_id(0), sizes, KEY_SIDES[0], KEY_SIDES[1], SUB
     )
@@ -269,8 +271,8 @@ def keys(
         total_v += product(tl.trans(weights.to(d_out.dtype)), d_out)
         total_k += product(tl.trans(d_logits.to(q.dtype)), q)
     numbers = row_numbers(image, place[0], place[1], head, sizes[0], sizes[3], sizes[4])
-    store_rows(d_k, numbers * D, held, total_k * scale, D, BLOCK_D)
-    store_rows(d_v, numbers * DV, held, total_v, DV, BLOCK_DV)
+    store_rows(written[0], numbers * D, held, total_k * scale, D, BLOCK_D)
+    store_rows(written[1], numbers * DV, held, total_v, DV, BLOCK_DV)
 
 
 @triton.jit
@@ -302,7 +304,8 @@ def dense_bias(
 
     The grid is (tiles of queries x heads, chunks of keys, slots).
     """
-    (q_map, k_map, v_map, bias), fills, saved, d_bias = pointers
+    maps, fills, saved, d_bias = pointers
+    q_map, k_map, v_map, bias = maps
     head, _image, _y, _x, sub_y, sub_x = split_program(
         tl.program_id(0), sizes, AXES[0][0], AXES[1][0], SUB
     )

@@ -121,7 +121,9 @@ def queries(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries, and out . d_out - d_lse for `keys`."""
-    (q_map, k_map, v_map), saved, (d_q, delta_map) = pointers
+    maps, saved, written = pointers
+    q_map, k_map, v_map = maps
+    d_q, delta_map = written
     head, image, cell, i = split_program(q_cell, sizes, BLOCK_M)
     y, x, valid = positions(cell + i * 0, i, i < q_cell[2], tables[1], q_cell, sizes, RAGGED)
     q = load_rows(q_map, offsets(image, y, x, head, q_strides), valid, D, BLOCK_D)
@@ -150,7 +152,8 @@ def keys(
     `tables` is (cells of queries sorted by the cell of keys, where each cell's begin, bounds,
     reach), cells counted through all images.
     """
-    (q_map, k_map, v_map), saved, (d_k, d_v) = pointers
+    maps, saved, written = pointers
+    q_map, k_map, v_map = maps
     order, begins, bounds, reach = tables
     head, image, cell, j = split_program(k_cell, sizes, BLOCK_N)
     y, x, held = positions(cell + j * 0, j, j < k_cell[2], bounds, k_cell, sizes, RAGGED)
@@ -179,5 +182,5 @@ def keys(
         total_v += product(tl.trans(weights.to(d_out.dtype)), d_out)
         total_k += product(tl.trans(d_logits.to(q.dtype)), q)
     numbers = row_numbers(image, y, x, head, sizes[0], sizes[3], sizes[4])
-    store_rows(d_k, numbers * D, held, total_k * scale, D, BLOCK_D)
-    store_rows(d_v, numbers * DV, held, total_v, DV, BLOCK_DV)
+    store_rows(written[0], numbers * D, held, total_k * scale, D, BLOCK_D)
+    store_rows(written[1], numbers * DV, held, total_v, DV, BLOCK_DV)
