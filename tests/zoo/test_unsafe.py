@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import json
 import os
 from collections.abc import Callable
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import vitzoo  # noqa: F401  (registers the zoo's names)
 from vitzoo.cli import run
@@ -57,11 +61,18 @@ def train_from(path: Path) -> None:
 
 
 def command(*arguments: str) -> Callable[[Path], None]:
+    """A command in which FILE is the pickle; what it says becomes the error's text."""
+
     def call(path: Path) -> None:
-        given = [str(path) if a == "FILE" else a for a in arguments]
-        given = [str(path.parent / "out") if a == "OUT" else a for a in given]
-        if run(given) != 0:
-            raise InputError(f"`vitzoo {' '.join(given)}` ended in exit code 2: refused")
+        new = {"OUT": path.parent / "out", "IMAGE": path.parent / "image.png"}
+        Image.new("RGB", (32, 32)).save(new["IMAGE"])
+        given = [str(new.get(a, a)).replace("FILE", str(path)) for a in arguments]
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            code = run(given)
+        if code:
+            assert str(path) in said.getvalue()
+            raise InputError(said.getvalue())
 
     return call
 
@@ -74,8 +85,8 @@ WAYS: dict[str, Callable[[Path], None]] = {
     "convert": command("weights", "convert", "FILE", "OUT", "--model", NAME),
     "info": command("weights", "info", "FILE"),
     "verify": command("weights", "verify", "FILE"),
-    "eval": command("eval", "FILE"),
-    "predict": command("predict", "FILE", "FILE"),
+    "eval": command("eval", NAME, "model.checkpoint=FILE", "data.name=sklearn/digits"),
+    "predict": command("predict", NAME, "IMAGE", "model.checkpoint=FILE"),
 }
 
 
@@ -84,8 +95,9 @@ def test_refused(way: str, bad: Path) -> None:
     if bad.suffix != ".pth" and way in ("train", "predict", "local-dir"):
         pytest.skip("one suffix is enough for a way that opens it like the others")
     mark = bad.parent / "ran"
-    with pytest.raises(InputError, match=r"refused|damaged|not a"):
+    with pytest.raises(InputError, match=r"was refused: it wants to import \S*mkdir") as raised:
         WAYS[way](bad)
+    assert "safe_globals" not in str(raised.value)
     assert not mark.exists(), f"{way} executed the pickle"
 
 
@@ -102,3 +114,39 @@ def test_resume_passes_over_a_pickle(tmp_path: Path) -> None:
     torch.save({"model": _Writes(tmp_path / "ran")}, path)
     assert checkpoint.newest(tmp_path) is None
     assert not (tmp_path / "ran").exists()
+
+
+def test_arguments_of_timms_trainer_are_data(tmp_path: Path) -> None:
+    narrow = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128), "num_classes": 3}
+    model = timm.create_model(NAME, num_heads=(1, 2, 4, 8), **narrow)
+    path = tmp_path / "model_best.pth.tar"
+    torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace(lr=1.0)}, path)
+    overlay = {"file": str(path), "num_classes": 3}
+    again = timm.create_model(
+        NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_heads=(1, 2, 4, 8), **narrow
+    )
+    assert torch.equal(again.head.fc.weight, model.head.fc.weight)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"state_dict": None}, r"its entries are state_dict \(NoneType\)"),
+        ({"model": [1]}, r"its entries are model \(list\)"),
+        ({1: torch.zeros(2)}, "one of its keys is 1"),
+        ([torch.zeros(2)], "holds a list"),
+    ],
+)
+def test_files_without_named_weights(content: object, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    for way in ("create_model", "convert", "info", "train"):
+        with pytest.raises(InputError, match=says):
+            WAYS[way](path)
+
+
+def test_damaged_bytes_are_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"hello, this is no pickle")
+    with pytest.raises(InputError, match=r"weights\.pth (is not a whole|was refused)[^:]*[^\d]*$"):
+        check_weights(path)

@@ -13,6 +13,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from vitzoo.zoo.errors import WeightsError
+from vitzoo.zoo.files import plain_arguments
 from vitzoo.zoo.formats import unwrap
 from vitzoo.zoo.resolve import local_overlay
 
@@ -28,7 +29,7 @@ def build_backbone(
     filter_fn: Callable[[StateDict, nn.Module], StateDict],
     *,
     out_indices: tuple[int, ...] = (0, 1, 2, 3),
-    strict: bool = True,
+    optional: tuple[str, ...] = (),
     feature_cfg: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -40,8 +41,8 @@ def build_backbone(
         pretrained: load weights, from whichever source timm resolves.
         filter_fn: from any published layout to the model's parameter names.
         out_indices: stages that `features_only` returns unless told otherwise.
-        strict: whether the file must hold every parameter. The dense version's output norms are
-            never in a classification file, so `dense=True` is not strict.
+        optional: starts of parameter names that a file may lack. The dense version's output norms
+            are always among them, since no classification file holds them.
         feature_cfg: further settings of timm's feature wrappers.
         **kwargs: for the class, and timm's own.
     """
@@ -49,32 +50,40 @@ def build_backbone(
     if kwargs.get("dense"):
         # Only the getter goes through forward_intermediates, where the output norms are.
         feature_cfg["feature_cls"] = "getter"
-        strict = False
     if pretrained:
         cfg = resolve_pretrained_cfg(
             name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
         )
         overlay = local_overlay(cfg, kwargs.get("cache_dir"))
         kwargs["pretrained_cfg"] = dataclasses.asdict(dataclasses.replace(cfg, **(overlay or {})))
-    return build_model_with_cfg(
-        model_cls,
-        name,
-        pretrained,
-        pretrained_filter_fn=_checked(filter_fn, name, strict),
-        pretrained_strict=strict,
-        feature_cfg=feature_cfg,
-        **kwargs,
-    )
+    features = bool(kwargs.get("features_only"))
+    with plain_arguments():
+        return build_model_with_cfg(
+            model_cls,
+            name,
+            pretrained,
+            pretrained_filter_fn=_checked(filter_fn, name, optional, features=features),
+            # The comparison of names is the filter's; torch's would demand the optional ones.
+            pretrained_strict=not (kwargs.get("dense") or optional),
+            feature_cfg=feature_cfg,
+            **kwargs,
+        )
 
 
 def _checked(
-    filter_fn: Callable[[StateDict, nn.Module], StateDict], name: str, strict: bool
+    filter_fn: Callable[[StateDict, nn.Module], StateDict],
+    name: str,
+    optional: tuple[str, ...],
+    *,
+    features: bool,
 ) -> Callable[[StateDict, nn.Module], StateDict]:
     """The filter, then a comparison of names that says what does not fit."""
 
     def filter_and_check(state_dict: StateDict, model: nn.Module) -> StateDict:
         found = filter_fn(state_dict, model)
-        report = name_mismatch(found, model, strict=strict)
+        report = name_mismatch(found, model, optional=optional)
+        if not report and not features:
+            report = _classifier_mismatch(found, model)
         if report:
             raise WeightsError(f"the file does not fit {name}: {report}")
         return found
@@ -82,28 +91,63 @@ def _checked(
     return filter_and_check
 
 
-def name_mismatch(state_dict: StateDict, model: nn.Module, *, strict: bool = True) -> str:
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    found = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _output_norms(model: nn.Module) -> tuple[str, ...]:
+    """Starts of the names of a dense model's output norms, those it goes without included."""
+    pattern = getattr(model, "output_norm_name", None)
+    if pattern is None or not getattr(model, "dense", False):
+        return ()
+    count = len(model.feature_info)  # type: ignore[arg-type]
+    return tuple(f"{pattern.format(i)}." for i in range(count))
+
+
+def _classifier_mismatch(state_dict: StateDict, model: nn.Module) -> str:
+    """What is wrong with a classifier that timm will keep: one of the model's class count."""
+    classes = getattr(model, "num_classes", 0)
+    if not classes or classes != getattr(model, "pretrained_cfg", {}).get("num_classes"):
+        return ""
+    for key, value in model.state_dict().items():
+        if not key.startswith(tuple(f"{head}." for head in _classifiers(model))):
+            continue
+        if key not in state_dict:
+            return f"it has no classifier ({key}): give num_classes=0 to build the model without"
+        if state_dict[key].shape != value.shape:
+            shapes = f"{tuple(state_dict[key].shape)} in the file, {tuple(value.shape)}"
+            return f"{key} is {shapes} in the model: give num_classes={len(state_dict[key])}"
+    return ""
+
+
+def name_mismatch(
+    state_dict: StateDict, model: nn.Module, *, optional: tuple[str, ...] = ()
+) -> str:
     """What is missing, unexpected or of another shape, by name; empty if the weights fit.
 
     The classifier is left out: timm replaces it where the class counts differ. So is the first
     convolution's shape, which timm adapts to other image channels, and BatchNorm's batch counter,
-    which torch itself fills in.
+    which torch itself fills in. A dense model may lack output norms, and has no use for a
+    classification file's head and final norm.
     """
     cfg = getattr(model, "pretrained_cfg", {})
-    heads = cfg.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    heads = _classifiers(model)
+    norms = _output_norms(model)
+    dropped = ("head.", "norm.", *norms) if getattr(model, "dense", False) else ()
     own = {
         key: value
         for key, value in model.state_dict().items()
         if not key.endswith(".num_batches_tracked") or key in state_dict
     }
     adapted = (*(f"{head}." for head in heads), f"{cfg.get('first_conv')}.")
-    missing = [key for key in own if key not in state_dict and not key.startswith(adapted)]
-    extra = [key for key in state_dict if key not in own and not key.startswith(adapted)]
+    without = (*adapted, *optional, *norms)
+    missing = [key for key in own if key not in state_dict and not key.startswith(without)]
+    extra = [k for k in state_dict if k not in own and not k.startswith((*adapted, *dropped))]
     parts = []
-    if missing and (strict or len(missing) > len(own) // 2):
+    if missing:
         parts.append(f"{len(missing)} missing ({_nearest(missing, extra)})")
-    if extra and strict:
+    if extra:
         parts.append(f"{len(extra)} unexpected ({_nearest(extra, missing)})")
     for key, value in state_dict.items():
         if key in own and value.shape != own[key].shape and not key.startswith(adapted):

@@ -322,7 +322,7 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         pretrained,
         checkpoint_filter_fn,
         # The towers' files hold no head norm.
-        strict=not variant.florence,
+        optional=("head.norm.",) if variant.florence else (),
         **{**variant.arguments(), **kwargs},
     )
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from vitzoo.zoo.entries import WeightEntry
 from vitzoo.zoo.errors import WeightsError
-from vitzoo.zoo.files import sha256_of
-from vitzoo.zoo.formats import PREFIXES, classes_in, read_weights, unwrap, wrapper_of
+from vitzoo.zoo.files import sha256_of, wrapper_of
+from vitzoo.zoo.formats import classes_in, prefix_of, read_weights, unwrap
 from vitzoo.zoo.model_card import write_card
 from vitzoo.zoo.published import all_entries, find_entry
 
@@ -52,14 +52,13 @@ def look_into(path: Path) -> FileFacts:
     content = read_weights(path)
     wrapper = wrapper_of(content)
     outer = content[wrapper] if wrapper else content
-    prefix = next((p for p in PREFIXES if any(str(n).startswith(p) for n in outer)), None)
-    tensors = {n: v for n, v in unwrap(content).items() if isinstance(v, Tensor)}
+    tensors = unwrap(content)
     return FileFacts(
         path=path,
         size=path.stat().st_size,
         sha256=sha256_of(path),
         wrapper=wrapper,
-        prefix=prefix,
+        prefix=prefix_of(outer),
         tensors=len(tensors),
         params=sum(v.numel() for n, v in tensors.items() if not _is_buffer(n)),
         dtypes=tuple(sorted({str(v.dtype).removeprefix("torch.") for v in tensors.values()})),

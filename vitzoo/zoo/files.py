@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import hashlib
 import logging
 import pickle
 import re
-import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +16,8 @@ from vitzoo._paths import write_atomically
 from vitzoo.zoo.errors import CorruptFileError, UnsafeFileError, WeightsError
 
 logger = logging.getLogger("vitzoo.zoo")
+
+WRAPPERS = ("state_dict_ema", "state_dict", "model_ema", "model")
 
 # Files whose content this process has checked -> (size, modification time).
 _verified: dict[Path, tuple[int, int]] = {}
@@ -118,24 +120,43 @@ def check_weights(path: Path) -> None:
         except SafetensorError as error:
             raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with plain_arguments():
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch's own text advises to switch the safety off.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it wants to import {found[1]}" if found else "it holds more than tensors"
         raise UnsafeFileError(
-            f"{path} was refused: it holds more than tensors, and opening it could run code "
-            f"({_first_line(error)}). It was not executed. Ask its author for a safetensors file."
+            f"{path} was refused: {what}, and opening it could run code. It was not executed. Ask "
+            "its author for a safetensors file."
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path} is not a whole weights file: {_first_line(error)}") from error
+    except Exception as error:
+        # What damaged bytes say to an unpickler ends in any error.
+        text = (str(error).splitlines() or [""])[0].strip()
+        reason = f": {text}" if " " in text else ""
+        raise WeightsError(f"{path} is not a whole weights file of PyTorch{reason}") from error
+    _check_names(path, content)
+
+
+def plain_arguments() -> Any:
+    """Context in which torch reads the `argparse.Namespace` that timm's trainer stores, as data."""
+    return torch.serialization.safe_globals([argparse.Namespace])
+
+
+def wrapper_of(content: dict[str, Any]) -> str | None:
+    """The entry that holds the weights, None if they lie open."""
+    return next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+
+
+def _check_names(path: Path, content: Any) -> None:
+    """Make sure that there are tensors by name, in wrappers or not."""
+    while isinstance(content, dict) and (wrapper := wrapper_of(content)):
+        content = content[wrapper]
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not named weights")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error)
-    with contextlib.suppress(IndexError):
-        # torch's text advises to switch the safety off; the offending name stands in its middle.
-        for line in text.splitlines():
-            if "GLOBAL" in line or "Unsupported" in line:
-                return line.strip()
-        return text.splitlines()[0].strip()
-    return type(error).__name__
+    strangers = [key for key in content if not isinstance(key, str)]
+    if strangers:
+        raise WeightsError(f"{path} holds no named weights: one of its keys is {strangers[0]!r}")
+    if not any(isinstance(value, torch.Tensor) for value in content.values()):
+        entries = ", ".join(f"{k} ({type(v).__name__})" for k, v in list(content.items())[:3])
+        raise WeightsError(f"{path} holds no named weights: its entries are {entries or 'none'}")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vitzoo.zoo.files import check_weights
+from vitzoo.zoo.files import check_weights, plain_arguments, wrapper_of
 
-WRAPPERS = ("state_dict_ema", "state_dict", "model_ema", "model")
-PREFIXES = ("module.", "backbone.")
+# Of compiled, distributed and Lightning's models; of what holds the backbone among other parts.
+WHOLE = ("_orig_mod.", "module.", "model.")
+PARTS = ("backbone.", "encoder.")
+PREFIXES = (*WHOLE, *PARTS)
 
 
 def read_weights(path: Path) -> dict[str, Any]:
@@ -26,39 +29,41 @@ def read_weights(path: Path) -> dict[str, Any]:
         return dict(load_file(path))
     import torch
 
-    return dict(torch.load(path, map_location="cpu", weights_only=True))
+    with plain_arguments():
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def unwrap(state_dict: dict[str, Any]) -> dict[str, Tensor]:
     """The weights inside the wrappers that trainers write around them.
 
     Handles `state_dict_ema`, `state_dict`, `model_ema` and `model` entries, also nested, and the
-    prefixes `module.` and `backbone.` of distributed, detection and segmentation checkpoints. Of an
-    mmpretrain classifier the head is kept, too.
+    prefixes of compiled, distributed and Lightning's models (`_orig_mod.`, `module.`, `model.`) and
+    of detectors and segmenters (`backbone.`, `encoder.`), also one in another. Of an mmpretrain
+    classifier the head is kept, too; counters and the like beside the weights are left out.
     """
     while wrapper := wrapper_of(state_dict):
         state_dict = state_dict[wrapper]
-    for prefix in PREFIXES:
-        if any(name.startswith(prefix) for name in state_dict):
-            # Detectors and segmenters also hold neck and head: only the backbone is ours.
-            inner = {
-                name.removeprefix(prefix): value
+    state_dict = {name: value for name, value in state_dict.items() if isinstance(value, Tensor)}
+    while prefix := prefix_of(state_dict):
+        # Detectors and segmenters also hold neck and head: only the backbone is ours.
+        inner = {
+            name.removeprefix(prefix): value
+            for name, value in state_dict.items()
+            if name.startswith(prefix) or prefix in WHOLE
+        }
+        if prefix == "backbone.":
+            inner |= {
+                name.replace("head.fc.", "head."): value
                 for name, value in state_dict.items()
-                if name.startswith(prefix) or prefix == "module."
+                if name.startswith("head.fc.")
             }
-            if prefix == "backbone.":
-                inner |= {
-                    name.replace("head.fc.", "head."): value
-                    for name, value in state_dict.items()
-                    if name.startswith("head.fc.")
-                }
-            state_dict = inner
+        state_dict = inner
     return state_dict
 
 
-def wrapper_of(content: dict[str, Any]) -> str | None:
-    """The entry that holds the weights, None if they lie open."""
-    return next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+def prefix_of(names: Iterable[str]) -> str | None:
+    """What a trainer has put before the names, None if nothing."""
+    return next((p for p in PREFIXES if any(name.startswith(p) for name in names)), None)
 
 
 def classes_in(content: dict[str, Any], classifier: str | tuple[str, ...] | None) -> int | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vitzoo.errors import InputError
 from vitzoo.heads.pyramid import Maps
 from vitzoo.tasks._models import freeze
-from vitzoo.zoo.files import check_weights
+from vitzoo.zoo.files import check_weights, plain_arguments
 
 _STRIDES = (4, 8, 16, 32)
 _BODY = "maps.body.model."
@@ -93,7 +93,8 @@ class VitzooBackbone(BaseModule):
             return
         file = str(self.init_cfg["checkpoint"])
         check_weights(Path(file))
-        state = load_state_dict(file, device="cpu", weights_only=True)
+        with plain_arguments():
+            state = load_state_dict(file, device="cpu", weights_only=True)
         model = self.maps.model
         report = model.load_state_dict(authors_names(state, model), strict=False)
         if len(report.missing_keys) > len(model.state_dict()) // 2:

@@ -1,0 +1,92 @@
+"""A file must hold every layer of the model, whatever the model is built for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from vitzoo.zoo.errors import WeightsError
+
+NARROW: dict[str, Any] = {
+    "depths": (1, 1, 1, 1),
+    "embed_dims": (16, 32, 64, 128),
+    "num_heads": (1, 2, 4, 8),
+}
+BUILDS: dict[str, dict[str, Any]] = {
+    "classifier": {"num_classes": 10},
+    "dense": {"dense": True},
+    "features": {"features_only": True},
+}
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return timm.create_model("vz_davit_tiny", num_classes=10, **NARROW).state_dict()
+
+
+def load(
+    state_dict: dict[str, Tensor], folder: Path, name: str = "vz_davit_tiny", **kwargs: Any
+) -> nn.Module:
+    torch.save(state_dict, folder / "weights.pth")
+    overlay = {"file": str(folder / "weights.pth"), "num_classes": 10}
+    kwargs = NARROW | kwargs
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_whole_file_loads(build: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    found = load(weights, tmp_path, **BUILDS[build]).state_dict()
+    key = "stages.2.blocks.0.0.attn.qkv.weight"
+    assert any(torch.equal(v, weights[key]) for k, v in found.items() if k.endswith(".qkv.weight"))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_missing_stage_is_named(build: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    torn = {k: v for k, v in weights.items() if not k.startswith("stages.2.")}
+    with pytest.raises(WeightsError, match=r"\d+ missing \(stages\.2\."):
+        load(torn, tmp_path, **BUILDS[build])
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_renamed_layer_is_named(build: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    wrong = {
+        k.replace("3.blocks.0.0.attn.qkv", "3.blocks.0.0.attn.qvk"): v for k, v in weights.items()
+    }
+    with pytest.raises(WeightsError, match=r"2 missing .*qkv.*nearest .*qvk.*; 2 unexpected"):
+        load(wrong, tmp_path, **BUILDS[build])
+
+
+def test_florences_towers_lack_only_the_heads_norm(tmp_path: Path) -> None:
+    name = "vz_davit_base_fl"
+    whole = timm.create_model(name, **NARROW).state_dict()
+    tower = {k: v for k, v in whole.items() if not k.startswith("head.")}
+    load(tower, tmp_path, name, num_classes=0)
+    load(tower, tmp_path, name, dense=True)
+    del tower["stem.norm.weight"]
+    for build in ({"num_classes": 0}, {"dense": True}):
+        with pytest.raises(WeightsError, match=r"1 missing \(stem\.norm\.weight\)"):
+            load(tower, tmp_path, name, **build)
+
+
+def test_a_file_without_the_classifier_asked_for(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    body = {f"module.backbone.{k}": v for k, v in weights.items() if not k.startswith("head.fc.")}
+    with pytest.raises(WeightsError, match=r"no classifier \(head\.fc\.weight\)"):
+        load(body, tmp_path, num_classes=10)
+    load(body, tmp_path, num_classes=0)
+    three = weights | {k: weights[k][:3] for k in ("head.fc.weight", "head.fc.bias")}
+    with pytest.raises(WeightsError, match="give num_classes=3"):
+        load(three, tmp_path, num_classes=10)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "encoder.", "_orig_mod.module.", "module.model."])
+def test_trainers_prefixes(prefix: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    model = load({prefix + k: v for k, v in weights.items()}, tmp_path, num_classes=10)
+    assert torch.equal(model.head.fc.weight, weights["head.fc.weight"])
