@@ -65,10 +65,13 @@ def run(arguments: list[str]) -> int:
             f"pip install vitzoo[{EXTRAS[package]}]"
         )
     except KeyboardInterrupt:
-        _say("stopped; the same command goes on from the last checkpoint")
+        goes_on = arguments[:1] == ["train"]
+        _say("stopped" + "; the same command goes on from the last checkpoint" * goes_on)
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:
+        return _say(f"{error.strerror}: {error.filename}" if error.filename else str(error))
 
 
 def _say(sentence: str) -> int:

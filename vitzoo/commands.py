@@ -241,6 +241,11 @@ def info(
         record = vitzoo.info(name)
     except ValueError as error:
         raise InputError(str(error)) from None
+    tags = [entry.tag for entry in all_entries() if entry.model == record.name]
+    tag = name.partition(".")[2]
+    if tag and tag not in tags:
+        known = f"known: {', '.join(tags)}" if tags else "it has none"
+        raise InputError(f"{record.name} has no weights {tag!r}; {known}")
     out = console()
     for key, value in vars(record).items():
         if value not in (None, False, {}, ()) and key != "limits":

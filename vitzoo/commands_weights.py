@@ -36,7 +36,10 @@ def list_weights(
         figures = ", ".join(f"{key} {value:g}" for key, value in entry.published)
         licence_text = entry.licence or "not stated"
         table.add_row(entry.name, entry.task, entry.dataset, licence_text, entry.state, figures)
-    console().print(table)
+    out = console()
+    if not out.is_terminal:
+        out.width = 240  # Through a pipe nothing is cut.
+    out.print(table)
 
 
 def _chosen(family: str | None, licence: str | None, state: str | None) -> list[WeightEntry]:
@@ -71,7 +74,10 @@ def fetch(
 
     for name in names:
         if name.startswith(("hf-hub:", "http://", "https://")):
-            path = download.fetch_source(name, cache_dir=cache_dir)
+            try:
+                path = download.fetch_source(name, cache_dir=cache_dir)
+            except InputError as error:
+                raise InputError(f"{name} could not be had: {error}") from error
         else:
             path = download.fetch(_entry(name), cache_dir=cache_dir)
         check_weights(path)
@@ -120,6 +126,11 @@ def verify(
         basis = verify_file(path, sha256)
         out.print(f"{path}: whole, sha256 {sha256_of(path)} ({basis})", markup=False)
     named = [name for name in names or () if not Path(name).is_file()]
+    for name in named:
+        if Path(name).is_dir():
+            raise InputError(f"{name} is a folder: name the weights file in it")
+        if "/" in name or name.endswith((".pth", ".pt", ".bin", ".tar", ".safetensors")):
+            raise InputError(f"there is no weights file {name}")
     entries = [_entry(name) for name in named] if names else all_entries()
     cached = 0
     for entry in entries:
@@ -156,7 +167,12 @@ def convert(
     strangers = [text for text in arguments or () if "=" not in text]
     if strangers:
         raise InputError(f"--arg {strangers[0]!r} is not KEY=VALUE")
-    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(arguments or []))
+    try:
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(arguments or []))
+    except Exception as error:
+        # The YAML parser's errors and OmegaConf's share no base.
+        text = " ".join(str(error).split())
+        raise InputError(f"--arg {' '.join(arguments or [])} is not YAML: {text}") from None
     built = run(source, target, model, arguments=given)
     count = sum(parameter.numel() for parameter in built.parameters())
     console().print(

@@ -84,6 +84,15 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(tensors, json.loads(metadata["vitzoo"]))
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a safetensors file was written here; also true of one that cannot be read at all."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "vitzoo" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return True
+
+
 def path_of(folder: Path, update: int) -> Path:
     """The file of the checkpoint after an update."""
     return folder / f"update-{update:09d}.safetensors"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from vitzoo._paths import write_atomically
@@ -20,7 +19,7 @@ from vitzoo.engine.runfolder import RunFolder, find_run
 from vitzoo.engine.train import make_accelerator
 from vitzoo.errors import InputError
 from vitzoo.tasks import Task, task_class
-from vitzoo.tasks._models import known_name
+from vitzoo.tasks._models import ELSEWHERE, classes_in, config_of, known_name
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,35 @@ class Source:
             task.labels = tuple(self.weights.facts["labels"])
         return task
 
+    def known_classes(self) -> int:
+        """Outputs of the trained classifier that a name stands for, 0 if it has none."""
+        options = self.recipe.options.model
+        if options.checkpoint is not None:
+            return classes_in(Path(options.checkpoint).expanduser(), options.name) or 0
+        config = config_of(options.name)
+        return int(config.num_classes) if config else 1000
+
+    def classes(self) -> int:
+        """Outputs of the trained classifier that a name stands for.
+
+        Raises:
+            InputError: it has none.
+        """
+        count = self.known_classes()
+        if not count:
+            options = self.recipe.options.model
+            what = options.checkpoint or options.name
+            raise InputError(f"{what} has no classifier: fine-tune it first (vitzoo train ...)")
+        return count
+
     def load_model(self, task: Task, device: torch.device) -> None:
         """Put the trained model into the task, ready to evaluate."""
+        options = self.recipe.options.model
+        if self.weights is None and (options.pretrained or options.checkpoint is not None):
+            known = self.known_classes()
+            if known != len(task.labels):
+                # timm would replace the classifier with a random one.
+                raise InputError(f"{self.title} knows {known} classes, not {len(task.labels)}")
         model = task.build_model(pretrained=self.weights is None)
         if self.weights is not None:
             try:
@@ -70,16 +96,26 @@ def open_source(given: str, values: Sequence[str] = ()) -> Source:
         InputError: none of these; or a run without weights; or another task than its own.
     """
     path = find_run(given)
+    folder = None if path is None else path if path.is_dir() else path.parent
+    if path is not None and folder is not None and (folder / "config.json").is_file():
+        # What `vitzoo weights convert` writes, or one of the hub's snapshots.
+        given, path = f"local-dir:{folder}", None
+    elif Path(given).expanduser().is_file() and path is None:
+        raise InputError(_ask_for_name(given))
     if path is None:
         try:
-            known_name(given)
+            known_name(given, elsewhere=True)
         except InputError as error:
+            if given.startswith(ELSEWHERE):
+                raise
             raise InputError(f"no run {given!r} here, and {error}") from None
         written = {"task": "classification", "model": {"name": given, "pretrained": True}}
         return Source(given, merge(written, values), None, None)
     file = RunFolder(path).weights if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{path} has no weights.safetensors: no epoch of it is finished yet")
+    if not checkpoint.is_ours(file):
+        raise InputError(_ask_for_name(str(file)))
     weights = checkpoint.read(file)
     recipe = merge(weights.facts["recipe"], values, where=str(file))
     if recipe.task != weights.facts["task"]:
@@ -104,11 +140,15 @@ def evaluate(
     Raises:
         InputError: see `open_source`; or data whose classes are not the model's.
     """
+    writable(json_path)
     source = open_source(given, values)
     task = source.task()
     data = task.build_data(train=False)
-    if source.weights is None:
-        _check_count(given, len(data.labels))
+    if source.weights is None and (known := source.classes()) != len(data.labels):
+        raise InputError(
+            f"the data has {len(data.labels)} classes, but {given} was trained for {known}: "
+            "fine-tune it first (vitzoo train ... --pretrained)"
+        )
     task.labels = data.labels
     accelerator = make_accelerator(source.recipe)
     source.load_model(task, accelerator.device)
@@ -139,14 +179,24 @@ def evaluate(
     return metrics
 
 
-def _check_count(name: str, classes: int) -> None:
-    config = timm.get_pretrained_cfg(name)
-    known = config.num_classes if config else 1000
-    if known != classes:
-        raise InputError(
-            f"the data has {classes} classes, but {name} was trained for {known}: fine-tune it "
-            "first (vitzoo train ... --pretrained)"
-        )
+def _ask_for_name(file: str) -> str:
+    return (
+        f"{file} was not written by vitzoo train, so it does not say which model it is for: give "
+        f"the model's name, and the file as model.checkpoint={file}"
+    )
+
+
+def writable(path: Path | None) -> Path | None:
+    """The path of a file to write, checked before any work is done.
+
+    Raises:
+        InputError: it is a folder, or its folder does not exist.
+    """
+    if path is not None and path.is_dir():
+        raise InputError(f"{path} is a folder: name a file in it")
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
+    return path
 
 
 def _shown(batches: Batches, device: torch.device, report: Report) -> Iterator[Any]:

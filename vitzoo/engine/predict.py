@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -16,14 +16,19 @@ from timm.data.readers import get_img_extensions
 from torch import nn
 
 from vitzoo._paths import write_atomically
-from vitzoo.engine.evaluate import Source, open_source
+from vitzoo.engine import checkpoint
+from vitzoo.engine.evaluate import Source, open_source, writable
 from vitzoo.engine.recipe import merge
 from vitzoo.engine.report import console
 from vitzoo.errors import InputError
 from vitzoo.tasks import Prediction, Task, UnreadableSample, task_class
+from vitzoo.tasks._models import config_of
 from vitzoo.tasks.results import contact_sheet
 
 logger = logging.getLogger("vitzoo.data")
+
+PRINTED = 100
+DRAWN = 64
 
 
 def load(model_or_run: Any, values: Sequence[str] = ()) -> Task:
@@ -48,10 +53,26 @@ def _ready(source: Source) -> Task:
     device = torch.device("cpu") if own is None or source.recipe.run.device == "cpu" else own
     task = source.task()
     if source.weights is None:
-        config = timm.get_pretrained_cfg(source.title)
-        task.labels = imagenet_labels(config.num_classes if config else 1000)
+        task.labels = _labels_of(source)
     source.load_model(task, device)
     return task
+
+
+def _labels_of(source: Source) -> tuple[str, ...]:
+    """Class names of a model by name: those its file or configuration holds, else by their count.
+
+    Raises:
+        InputError: it has no classifier.
+    """
+    options, count = source.recipe.options.model, source.classes()
+    stored: Sequence[str] | None = None
+    if options.checkpoint is not None:
+        file = Path(options.checkpoint).expanduser()
+        if file.suffix == ".safetensors" and checkpoint.is_ours(file):
+            stored = checkpoint.read(file).facts.get("labels")
+    elif (config := config_of(options.name)) is not None:
+        stored = config.label_names
+    return tuple(stored) if stored and len(stored) == count else imagenet_labels(count)
 
 
 def _task_of_module(model: nn.Module, values: Sequence[str]) -> Task:
@@ -121,7 +142,7 @@ def predict_files(
     top: int = 5,
     json_path: Path | None = None,
     draw: Path | None = None,
-) -> list[Prediction]:
+) -> None:
     """Predict on files or folders, print a table, write JSON.
 
     Args:
@@ -135,46 +156,62 @@ def predict_files(
     Raises:
         InputError: see `load` and `image_files`, or an unreadable image.
     """
+    if draw is not None and draw.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"{draw} cannot be drawn: its name must end in .png, .jpg or the like")
+    writable(json_path)
     source = open_source(given, values)
     task = _ready(source)
-    paths = image_files(files, task.endings)
-    results = _readable(task, source, paths)
+    facts: list[dict[str, Any]] = []
+    shown: list[Prediction] = []
+    skipped: list[str] = []
+    pictures: list[Image.Image] = []
+    for result in _readable(task, source, image_files(files, task.endings), skipped):
+        # A result holds its whole image: a folder's do not fit into memory.
+        facts.append(result.to_dict())
+        if draw is not None and len(pictures) < DRAWN:
+            pictures.append(result.draw())
+        if len(shown) < PRINTED:
+            shown.append(_without_image(result))
+    if not facts:
+        raise InputError("none of the images could be read")
     target = json_path or (source.folder or Path()) / "predictions.json"
-    facts = {"model": given, "predictions": [result.to_dict() for result in results]}
-    write_atomically(target, (json.dumps(facts, indent=2) + "\n").encode())
-    _print(results, top)
+    text = json.dumps({"model": given, "predictions": facts, "skipped": skipped}, indent=2)
+    write_atomically(target, f"{text}\n".encode())
+    _print(shown, len(facts), top)
     out = console()
-    out.print(f"{len(results)} images -> {target}", markup=False)
+    out.print(f"{len(facts)} images -> {target}", markup=False)
     if draw is not None:
-        pictures = [result.draw() for result in results[:64]]
         draw.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(pictures).save(draw)
         out.print(f"first {len(pictures)} drawn -> {draw}", markup=False)
-    return results
 
 
-def _readable(task: Task, source: Source, paths: Sequence[str]) -> list[Prediction]:
+def _without_image(result: Any) -> Any:
+    held = getattr(result, "image", None)
+    return replace(result, image=None) if isinstance(held, Image.Image) else result
+
+
+def _readable(
+    task: Task, source: Source, paths: Sequence[str], skipped: list[str]
+) -> Iterator[Prediction]:
     """Results batch by batch, so that one unreadable image costs no other."""
     data = source.recipe.options.data
     size = data.eval_batch_size or data.batch_size
-    results: list[Prediction] = []
     for start in range(0, len(paths), size):
         batch = list(paths[start : start + size])
         while batch:
             try:
-                results += task.predict(batch)
+                yield from task.predict(batch)
                 break
             except UnreadableSample as error:
                 if data.on_error == "stop":
                     raise InputError(f"{error} (data.on_error=skip passes over it)") from None
                 logger.warning("%s; left out", error)
+                skipped.append(error.path)
                 batch.remove(error.path)
-    if not results:
-        raise InputError("none of the images could be read")
-    return results
 
 
-def _print(results: Sequence[Any], top: int) -> None:
+def _print(results: Sequence[Any], count: int, top: int) -> None:
     from rich.table import Table
 
     ranked = hasattr(results[0], "top")
@@ -183,12 +220,12 @@ def _print(results: Sequence[Any], top: int) -> None:
     table = Table(box=None, header_style="bold")
     table.add_column("image", overflow="fold")
     table.add_column((f"best {top}" if top > 1 else "best") if ranked else "found")
-    for result in results[:100]:
+    for result in results:
         if ranked:
             text = "  ".join(f"{one.label} {100 * one.score:.1f} %" for one in result.top[:top])
         else:
             text = result.summary()
         table.add_row(result.source or "", text)
     console().print(table)
-    if len(results) > 100:
-        console().print(f"... and {len(results) - 100} more in the JSON file")
+    if count > len(results):
+        console().print(f"... and {count - len(results)} more in the JSON file")

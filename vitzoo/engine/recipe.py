@@ -193,7 +193,14 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not omegaconf.OmegaConf.is_dict(written):
         raise InputError(f"{path} is no recipe: it must be a mapping of sections")
-    recipe = merge(written, overrides, where=str(path))
+    try:
+        recipe = merge(written, overrides, where=str(path))
+    except InputError as error:
+        asked = next((text for text in reversed(overrides) if text.startswith("task=")), None)
+        own = f"task={written.get('task')}"
+        if asked in (None, own) or "unknown task" in str(error):
+            raise
+        raise InputError(f"{path} has {own}, and does not fit {asked}: {error}") from None
     if recipe.run.name is None:
         recipe.run.name = recipe.merged["run"]["name"] = path.stem
     return recipe
@@ -225,6 +232,7 @@ def merge(written: Any, overrides: Sequence[str] = (), *, where: str = "the reci
         merged = omegaconf.OmegaConf.to_container(config, resolve=True)
     except omegaconf.errors.OmegaConfBaseException as error:
         raise _explain(error, where) from None
+    _check_values(typed)
     sections = {f.name: getattr(typed, f.name) for f in dataclasses.fields(options_type)}
     return Recipe(
         task=str(task),
@@ -232,6 +240,60 @@ def merge(written: Any, overrides: Sequence[str] = (), *, where: str = "the reci
         merged=_plain(merged),
         **{name: getattr(typed, name) for name in _SECTIONS},
     )
+
+
+# The smallest value of a recipe's numbers, where a task has them; None is always fine.
+_LEAST = {
+    "data.batch_size": 1,
+    "data.eval_batch_size": 1,
+    "data.workers": 0,
+    "data.train_first": 1,
+    "data.val_first": 1,
+    "data.size": 1,
+    "model.frozen_stages": 0,
+    "model.num_classes": 1,
+    "optim.lr": 0,
+    "optim.lr_batch": 1,
+    "optim.weight_decay": 0,
+    "schedule.epochs": 1,
+    "schedule.warmup_epochs": 0,
+    "schedule.warmup_updates": 0,
+    "schedule.cooldown_epochs": 0,
+    "run.accumulate": 1,
+    "run.save_every": 1,
+    "run.keep_checkpoints": 1,
+    "run.eval_every": 1,
+}
+_ONE_OF: dict[str, tuple[Any, ...]] = {
+    "model.in_chans": (1, 3),
+    "data.interpolation": ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+}
+
+
+def _check_values(recipe: Any) -> None:
+    """Refuse numbers and words that OmegaConf's types let through.
+
+    Raises:
+        InputError: one is out of range; the message has the accepted ones.
+    """
+
+    def value_of(key: str) -> Any:
+        section, _, name = key.partition(".")
+        return getattr(getattr(recipe, section, None), name, None)
+
+    for key, least in _LEAST.items():
+        value = value_of(key)
+        if isinstance(value, int | float) and not value >= least:
+            raise InputError(f"{key}={value} is too small: give {least} or more")
+    for key, accepted in _ONE_OF.items():
+        value = value_of(key)
+        if value is not None and value not in accepted:
+            raise InputError(f"{key}={value}: give {', '.join(map(str, accepted))}")
+    channels = value_of("model.in_chans")
+    for key in ("data.mean", "data.std"):
+        value = value_of(key)
+        if value is not None and channels is not None and len(value) != channels:
+            raise InputError(f"{key}={value} has {len(value)} numbers for {channels} channels")
 
 
 def _schema(options_type: type) -> type:

@@ -129,6 +129,11 @@ def _agree(folder: RunFolder, recipe: Recipe) -> None:
         return
     from omegaconf import OmegaConf
 
+    if not folder.recipe.is_file():
+        raise InputError(
+            f"{folder.root} has checkpoints but no {folder.recipe.name} to compare with: put it "
+            "back, or give run.name=NAME for a new run"
+        )
     before = _flat(OmegaConf.to_container(OmegaConf.load(folder.recipe)))
     now = _flat(recipe.merged)
     differing = [
@@ -163,6 +168,11 @@ class Trainer:
         self.progress = Progress()
         self.lines: list[dict[str, Any]] = []
         saved = checkpoint.newest(folder.checkpoints)
+        if saved is None and any(folder.checkpoints.glob("update-*.safetensors")):
+            raise InputError(
+                f"no checkpoint in {folder.checkpoints} is whole, and a new start would replace "
+                "the weights kept: give run.name=NAME for a new run, or remove the folder"
+            )
         self.linear = fix_linear(saved.facts.get("linear") if saved is not None else None)
         seed_everything(recipe.run.seed)
         data = self.task.build_data()

@@ -46,7 +46,7 @@ def task_class(name: str) -> type[Task]:
     """
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"unknown task {name!r}{hint} Tasks: {', '.join(TASKS)}.")
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(TASKS)}"
+        raise InputError(f"unknown task {name!r}; {hint}")
     module, _, attribute = TASKS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import group_parameters
+from timm.models import PretrainedCfg, group_parameters
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
 from vitzoo.backbones import list_models
 from vitzoo.errors import InputError
 from vitzoo.zoo import formats
-from vitzoo.zoo.files import check_weights
+from vitzoo.zoo.files import check_weights, plain_arguments
 
 
 @dataclass(kw_only=True)
@@ -23,7 +25,8 @@ class ModelOptions:
     """The recipe's `model` section for a backbone with timm's classifier.
 
     Attributes:
-        name: a model of the zoo (or of timm), with or without a weight tag.
+        name: a model of the zoo (or of timm), with or without a weight tag; or `local-dir:FOLDER`
+            or `hf-hub:ORG/NAME` with what `vitzoo weights convert` writes.
         pretrained: start from the published weights; the classifier is new where the class count
             differs.
         checkpoint: start from this file instead, in the zoo's, timm's or the authors' format.
@@ -51,12 +54,44 @@ class ModelOptions:
     compile: bool = False
 
 
-def known_name(name: str) -> str:
+# Where timm finds a folder of weights and configuration, as `vitzoo weights convert` writes it.
+ELSEWHERE = ("local-dir:", "hf-hub:")
+
+
+def config_of(name: str) -> PretrainedCfg | None:
+    """timm's configuration of a name, of `local-dir:FOLDER` or of `hf-hub:ORG/NAME`, if any.
+
+    Raises:
+        InputError: the folder or the repository holds none.
+    """
+    if not name.startswith(ELSEWHERE):
+        return timm.get_pretrained_cfg(name)
+    source, _, place = name.partition(":")
+    read = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
+    try:
+        found, architecture, _ = read(place)
+    except Exception as error:
+        # A missing file, no network, no JSON, no such key: each loader and client has its own.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{name} has no readable config.json: {reason}") from None
+    known_name(architecture)
+    fields = {field.name for field in dataclasses.fields(PretrainedCfg)}
+    return PretrainedCfg(**{key: value for key, value in found.items() if key in fields})
+
+
+def known_name(name: str, *, elsewhere: bool = False) -> str:
     """The name, if `timm.create_model` knows it.
+
+    Args:
+        name: of a model, with or without a weight tag.
+        elsewhere: whether `local-dir:FOLDER` and `hf-hub:ORG/NAME` will do, too.
 
     Raises:
         InputError: it does not; the message offers the nearest names.
     """
+    if elsewhere and name.startswith(ELSEWHERE):
+        config_of(name)
+        return name
     bare, _, tag = name.partition(".")
     if not timm.is_model(bare):
         names = {*list_models(), *timm.list_models()}
@@ -81,7 +116,7 @@ def create_model(options: ModelOptions, num_classes: int, *, pretrained: bool) -
     Raises:
         InputError: unknown name or argument, unreadable or refused weights.
     """
-    known_name(options.name)
+    known_name(options.name, elsewhere=True)
     arguments = dict(options.args)
     for key in ("drop_rate", "drop_path_rate"):
         if getattr(options, key) is not None:
@@ -98,13 +133,14 @@ def create_model(options: ModelOptions, num_classes: int, *, pretrained: bool) -
                 # timm drops a head unless the file is said to have the model's class count.
                 overlay["num_classes"] = num_classes
             arguments["pretrained_cfg_overlay"] = overlay
-        model = timm.create_model(
-            options.name,
-            pretrained=load,
-            num_classes=num_classes,
-            in_chans=options.in_chans,
-            **arguments,
-        )
+        with plain_arguments():
+            model = timm.create_model(
+                options.name,
+                pretrained=load,
+                num_classes=num_classes,
+                in_chans=options.in_chans,
+                **arguments,
+            )
     except InputError:
         raise
     except (TypeError, ValueError, RuntimeError, OSError, KeyError) as error:
@@ -126,7 +162,7 @@ def classes_in(path: Path, name: str) -> int | None:
     Raises:
         InputError: no such file, or not one of plain tensors.
     """
-    config = timm.get_pretrained_cfg(name)
+    config = config_of(name)
     return formats.classes_in(formats.read_weights(path), config.classifier if config else None)
 
 

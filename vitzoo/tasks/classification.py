@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -15,7 +14,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from vitzoo.errors import InputError
-from vitzoo.tasks._models import ModelOptions, create_model, freeze, known_name
+from vitzoo.tasks._models import ModelOptions, config_of, create_model, freeze, known_name
 from vitzoo.tasks.contract import Batch, Running, Task, TaskData
 from vitzoo.tasks.images import (
     ImageDataOptions,
@@ -83,7 +82,7 @@ class ClassificationTask(Task):
         super().__init__(options)
         self._frozen: list[nn.Module] = []
         self._mixup: Mixup | None = None
-        known_name(options.model.name)
+        known_name(options.model.name, elsewhere=True)
         augment = options.augment
         if (augment.mixup or augment.cutmix) and options.data.batch_size % 2:
             raise InputError(
@@ -133,7 +132,7 @@ class ClassificationTask(Task):
             for key, value in asdict(data).items()
             if key in ("mean", "std", "interpolation", "crop_pct") and value is not None
         }
-        config = timm.get_pretrained_cfg(self.options.model.name)
+        config = config_of(self.options.model.name)
         own = config.to_dict() if config else {}
         chans = self.options.model.in_chans
         if chans != 3:
@@ -152,19 +151,25 @@ class ClassificationTask(Task):
         if not train or not augment.enabled:
             crop = {"crop_pct": config["crop_pct"], "crop_mode": config["crop_mode"]}
             return create_transform(**shared, **crop, normalize=True)
-        return create_transform(
-            **shared,
-            is_training=True,
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
-            vflip=augment.vflip,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
-            re_prob=augment.erase,
-            re_mode=augment.erase_mode,
-            normalize=True,
-        )
+        try:
+            return create_transform(
+                **shared,
+                is_training=True,
+                scale=augment.scale,
+                ratio=augment.ratio,
+                hflip=augment.hflip,
+                vflip=augment.vflip,
+                color_jitter=augment.color_jitter,
+                auto_augment=augment.auto_augment,
+                re_prob=augment.erase,
+                re_mode=augment.erase_mode,
+                normalize=True,
+            )
+        except (AssertionError, ValueError, KeyError) as error:
+            raise InputError(
+                f"timm knows no augment.auto_augment={augment.auto_augment} ({error}): give one "
+                "such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original"
+            ) from None
 
     def build_model(self, *, pretrained: bool = True) -> nn.Module:
         """timm's model with a classifier for `self.labels`, frozen as the recipe says."""

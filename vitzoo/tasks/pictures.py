@@ -22,6 +22,8 @@ def open_image(file: Any, *, where: str, mode: str = "RGB") -> Image.Image:
     try:
         image = file if isinstance(file, Image.Image) else Image.open(file)
         # The conversion decodes every pixel, so a truncated file fails here and not later.
+        if mode in ("RGB", "L"):
+            image = _eight_bits(image)
         return image.convert(mode)
     except FileNotFoundError:
         raise UnreadableSample(where, "no such file") from None
@@ -29,6 +31,17 @@ def open_image(file: Any, *, where: str, mode: str = "RGB") -> Image.Image:
         raise UnreadableSample(where, "not an image that Pillow can identify") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableSample(where, str(error)) from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit image scaled to 8 bit, where Pillow's conversion would cut at 255."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.float32)
+    # Pillow opens some 16-bit files as 32-bit integers, the mode of small whole numbers, too.
+    if image.mode == "I" and values.max(initial=0) <= 255:
+        return image
+    return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def image_of(given: Any, *, mode: str = "RGB") -> Image.Image:

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from vitzoo.errors import InputError
 from vitzoo.zoo.entries import WeightEntry
 from vitzoo.zoo.errors import WeightsError
 from vitzoo.zoo.files import sha256_of, wrapper_of
@@ -107,10 +108,18 @@ def convert(
             f"{source.name} has no name of the weights table: say which model it is for "
             "(--model NAME; `vitzoo weights info FILE` lists the models of its size)"
         )
-    if not timm.is_model(name):
-        raise WeightsError(f"there is no model {name!r}; `vitzoo list` has their names")
+    # timm's own models can do without this: their files are what timm publishes.
+    if not name.startswith("vz_") or not timm.is_model(name):
+        raise WeightsError(f"the zoo has no model {name!r}; `vitzoo list` has their names")
     given = dict(entry.arguments if entry else ()) | dict(arguments or {})
-    built = _load(source, name, content, given, entry)
+    try:
+        built = _load(source, name, content, given, entry)
+    except InputError:
+        raise
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
+        # A family's own code may stumble over weights of another, or over arguments it lacks.
+        text = " ".join(str(error).split())[:300]
+        raise WeightsError(f"{source} does not fit {name} as it was asked for: {text}") from error
     _save(built, target, given, entry)
     write_card(target, built, entry, source)
     return _read_back(built, target)

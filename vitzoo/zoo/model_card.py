@@ -137,4 +137,7 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
         )
     except (HfHubHTTPError, HFValidationError) as error:
         raise WeightsError(f"the hub refused {repo}: {error}") from error
+    except Exception as error:
+        # The hub's client hands on whatever its transport raises (httpx, requests, sockets).
+        raise WeightsError(f"{repo} was not uploaded, the hub does not answer: {error}") from error
     return str(address)
