@@ -59,12 +59,8 @@ def _ready(source: Source) -> Task:
 
 
 def _labels_of(source: Source) -> tuple[str, ...]:
-    """Class names of a model by name: those its file or configuration holds, else by their count.
-
-    Raises:
-        InputError: it has no classifier.
-    """
-    options, count = source.recipe.options.model, source.classes()
+    """Class names: those that the file or the configuration holds, else by their count."""
+    options, count = source.recipe.options.model, source.known_classes()
     stored: Sequence[str] | None = None
     if options.checkpoint is not None:
         file = Path(options.checkpoint).expanduser()
@@ -156,10 +152,10 @@ def predict_files(
     Raises:
         InputError: see `load` and `image_files`, or an unreadable image.
     """
-    if draw is not None and draw.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"{draw} cannot be drawn: its name must end in .png, .jpg or the like")
-    writable(json_path)
+    _check_targets(json_path, draw)
     source = open_source(given, values)
+    if source.weights is None:
+        source.classes()
     task = _ready(source)
     facts: list[dict[str, Any]] = []
     shown: list[Prediction] = []
@@ -184,6 +180,12 @@ def predict_files(
         draw.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(pictures).save(draw)
         out.print(f"first {len(pictures)} drawn -> {draw}", markup=False)
+
+
+def _check_targets(json_path: Path | None, draw: Path | None) -> None:
+    writable(json_path)
+    if draw is not None and draw.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"{draw} cannot be drawn: its name must end in .png, .jpg or the like")
 
 
 def _without_image(result: Any) -> Any:

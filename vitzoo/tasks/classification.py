@@ -232,7 +232,13 @@ class ClassificationTask(Task):
 
     @torch.inference_mode()
     def predict(self, images: Sequence[Any]) -> list[Classification]:
-        """The best five classes of each image."""
+        """The best five classes of each image.
+
+        Raises:
+            InputError: the model has no classifier.
+        """
+        if not self.labels:
+            raise InputError(f"{self.options.model.name} has no classifier to predict with")
         mode = "L" if self.options.model.in_chans == 1 else "RGB"
         transform, results = self.transform(), []
         size = self.options.data.eval_batch_size or self.options.data.batch_size
