@@ -17,7 +17,7 @@ setup: .setup-done
 .demo-done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,det,seg]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train]"
 	touch $@
 
 demo: .demo-done
