@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 import vitzoo
 from tests.registry_names import TIER_0, TIER_1, by_name, parameters
+from vitzoo.engine.optim import build_optimizer
+from vitzoo.engine.recipe import OptimOptions
 from vitzoo.heads.segmentation import HEADS
 
 FREE = [name for name in TIER_0 if not vitzoo.info(name).fixed_input_size]
@@ -114,6 +116,9 @@ def test_layer_groups_and_exemptions_follow_the_backbone() -> None:
     assert groups["backbone.body.model.stem.conv.weight"] == 0
     assert max(groups[n] for n in groups if n.startswith("backbone.body.model.stages")) == 4
     assert groups["decoder.classifier.0.weight"] == max(groups.values())
+    resnet = vitzoo.build_segmenter("resnet10t", head="fpn", num_classes=2)
+    assert resnet.no_weight_decay() == set()
+    assert build_optimizer(resnet, OptimOptions(), images=1).param_groups
     nat = vitzoo.build_segmenter("vz_nat_mini", head="fpn", num_classes=2, depths=(1, 1, 1, 1))
     names = dict(nat.named_parameters())
     assert nat.no_weight_decay()

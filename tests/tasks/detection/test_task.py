@@ -17,9 +17,10 @@ pytest.importorskip("accelerate")
 pytest.importorskip("pycocotools")
 pytest.importorskip("skimage")
 
+from tests.recipes import recipes_of
 from vitzoo.engine.evaluate import evaluate
 from vitzoo.engine.predict import predict
-from vitzoo.engine.recipe import find_recipe, load_recipe, merge, recipe_names
+from vitzoo.engine.recipe import load_recipe, merge
 from vitzoo.engine.train import train
 from vitzoo.errors import InputError
 from vitzoo.tasks import task_class
@@ -265,13 +266,16 @@ def test_wrong_recipes_give_a_sentence(root: Path) -> None:
         other.build_model()
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in recipe_names() if find_recipe(n).parent.name == "detection"]
-)
+def test_recipes_load() -> None:
+    for parameter in recipes_of("detection"):
+        assert load_recipe(parameter.values[0]).task == "detection"
+
+
+@pytest.mark.parametrize("name", recipes_of("detection"))
 def test_recipes_build(name: str) -> None:
-    recipe = load_recipe(str(find_recipe(name)), ["model.pretrained=false"])
+    recipe = load_recipe(name)
     task = task_class(recipe.task)(recipe.options)
     task.labels = tuple("abcde")
     with torch.device("meta"):
-        model = task.build_model()
+        model = task.build_model(pretrained=False)
     assert model.num_classes == 5

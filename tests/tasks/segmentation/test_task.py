@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 import vitzoo
+from tests.recipes import recipes_of
 from vitzoo.engine.evaluate import evaluate
-from vitzoo.engine.recipe import load_recipe, merge, recipe_names
+from vitzoo.engine.recipe import load_recipe, merge
 from vitzoo.engine.train import train
 from vitzoo.errors import InputError
 from vitzoo.tasks.contract import UnreadableSample
@@ -269,15 +270,14 @@ def test_palettes_have_distinct_colours() -> None:
     assert len({tuple(row) for row in palette_of(150).tolist()}) == 150
 
 
-SEGMENTATION = [
-    name for name in recipe_names() if any(part in name for part in ("upernet", "semantic-fpn"))
-]
+def test_recipes_load() -> None:
+    for parameter in recipes_of("segmentation"):
+        assert load_recipe(parameter.values[0]).task == "segmentation"
 
 
-@pytest.mark.parametrize("name", SEGMENTATION)
+@pytest.mark.parametrize("name", recipes_of("segmentation"))
 def test_recipes_build(name: str) -> None:
     recipe = load_recipe(name)
-    assert recipe.task == "segmentation"
     task = SegmentationTask(recipe.options)
     task.labels = tuple("ab")
     with torch.device("meta"):
