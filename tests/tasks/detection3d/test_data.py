@@ -156,11 +156,19 @@ def test_points_from_files(tmp_path: Path) -> None:
     (tmp_path / "bad.npy").write_bytes(b"no array")
     np.savez(tmp_path / "other.npz", cloud=points)
     np.save(tmp_path / "flat.npy", points.ravel())
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:200])
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "zip.npy").write_bytes((tmp_path / "a.npz").read_bytes())
+    np.save(tmp_path / "words.npy", points.astype(str))
     for name, reason in {
         "torn.bin": "23 numbers are no rows of 4",
         "bad.npy": "bad.npy",
         "other.npz": "no array",
         "flat.npy": r"points must be \(N, 3 or more\)",
+        "cut.npz": "cut.npz",
+        "empty.npy": "empty.npy",
+        "zip.npy": "zip.npy",
+        "words.npy": "points must be real numbers",
         "none.bin": "no such file",
         "a.las": "not one of .bin",
     }.items():
@@ -308,6 +316,10 @@ def test_converted_frames(tmp_path: Path) -> None:
     assert len(NpzFrames(tmp_path, "train", classes=["car"], every=2)) == 2
     with pytest.raises(InputError, match="no frames under"):
         NpzFrames(tmp_path, "val", classes=["car"])
+    arrays = {"points": np.zeros((2, 5), np.float32), "boxes": np.zeros((1, 7), np.float32)}
+    np.savez(tmp_path / "train/seq/001.npz", names=np.array(["car", "car"]), **arrays)
+    with pytest.raises(UnreadableSample, match=r"not \(1, 7\) and 2"):
+        frames[1]
     np.savez(tmp_path / "train/seq/001.npz", points=np.zeros((2, 5), np.float32))
     with pytest.raises(UnreadableSample, match="no array"):
         frames[1]

@@ -65,6 +65,7 @@ def _pad(
                 "boxes must be (N, 7), or (N, 9) with velocities, and labels (N,); got "
                 f"{tuple(box.shape)} and {tuple(label.shape)}"
             )
+        box, label = box[label >= 0], label[label >= 0]
         order = label.argsort(stable=True)[:max_objects]
         kept_boxes.append(F.pad(box[order].float(), (0, 9 - box.shape[1])))
         kept_labels.append(label[order].long())
@@ -87,7 +88,7 @@ def make_targets(
 
     Args:
         boxes: per frame (N, 7), or (N, 9) with velocities.
-        labels: per frame (N,), classes from 0.
+        labels: per frame (N,), classes from 0; boxes with a negative one are left out.
         grid: the pillars.
         num_classes: object classes.
         stride: pillars per cell of the head's map, along each side.
@@ -96,8 +97,11 @@ def make_targets(
         max_objects: boxes per frame, first come, class by class.
 
     Raises:
-        ValueError: the shapes of boxes and labels do not fit.
+        ValueError: the shapes of boxes and labels do not fit, or a label is no class.
     """
+    for label in labels:
+        if len(label) and int(label.max()) >= num_classes:
+            raise ValueError(f"labels must be below {num_classes}, got {int(label.max())}")
     padded, classes = _pad(boxes, labels, max_objects)
     H, W = (-(-side // stride) for side in grid.size)
     cell_size = padded.new_tensor(grid.pillar_size) * stride

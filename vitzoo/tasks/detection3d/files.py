@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitzoo.errors import missing_extra
+from vitzoo.errors import InputError, missing_extra
 from vitzoo.tasks.contract import UnreadableSample
 
 # Argoverse 2's intensity is a byte.
 _BYTE = 255.0
+# What numpy raises for files that are no arrays: wrong, cut off, empty, or of another suffix.
+DAMAGED = (OSError, ValueError, EOFError, BadZipFile, AttributeError)
 
 
 def read_points(path: str | Path, *, columns: int | None = None) -> Tensor:
@@ -32,15 +35,21 @@ def read_points(path: str | Path, *, columns: int | None = None) -> Tensor:
         UnreadableSample: missing, damaged, of another format or with too many columns.
     """
     path = Path(path)
+    if path.suffix not in _READERS:
+        raise UnreadableSample(str(path), f"not one of {', '.join(_READERS)}")
     try:
-        points = _READERS[path.suffix](path)
+        points = np.asarray(_READERS[path.suffix](path))
+    except InputError:
+        # A ValueError too, but about this machine: a package is missing.
+        raise
+    except FileNotFoundError:
+        raise UnreadableSample(str(path), "no such file") from None
     except KeyError as error:
-        known = ", ".join(_READERS)
-        reason = f"it holds no array {error}" if path.suffix in _READERS else f"not one of {known}"
-        raise UnreadableSample(str(path), reason) from None
-    except (OSError, ValueError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise UnreadableSample(str(path), reason) from None
+        raise UnreadableSample(str(path), f"it holds no array {error}") from None
+    except DAMAGED as error:
+        raise UnreadableSample(str(path), str(error)) from None
+    if points.dtype.kind not in "fiu":
+        raise UnreadableSample(str(path), f"points must be real numbers, not {points.dtype}")
     if points.ndim != 2 or points.shape[1] < 3:
         raise UnreadableSample(str(path), f"points must be (N, 3 or more), not {points.shape}")
     found = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32))
@@ -63,6 +72,8 @@ def _bin(path: Path) -> Any:
 
 def _npz(path: Path) -> Any:
     with np.load(path) as arrays:
+        if "points" not in arrays:
+            raise KeyError("points")
         return arrays["points"]
 
 

@@ -98,15 +98,15 @@ def _lines(path: Path) -> list[str]:
 def _calibration(path: Path) -> tuple[Tensor, Tensor]:
     """LiDAR to rectified camera (4, 4), and camera to image (3, 4)."""
     rows = {}
-    for line in _lines(path):
-        name, _, values = line.partition(":")
-        rows[name] = [float(v) for v in values.split()]
     try:
+        for line in _lines(path):
+            name, _, values = line.partition(":")
+            rows[name] = [float(v) for v in values.split()]
         rectify, to_camera = torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
         rectify[:3, :3] = torch.tensor(rows["R0_rect"], dtype=torch.float64).view(3, 3)
         to_camera[:3] = torch.tensor(rows["Tr_velo_to_cam"], dtype=torch.float64).view(3, 4)
         projection = torch.tensor(rows["P2"], dtype=torch.float64).view(3, 4)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise UnreadableSample(str(path), f"not a calibration: {error}") from None
     return rectify @ to_camera, projection
 

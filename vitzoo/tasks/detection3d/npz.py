@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from vitzoo.errors import InputError
 from vitzoo.tasks.contract import UnreadableSample
-from vitzoo.tasks.detection3d.files import read_points
+from vitzoo.tasks.detection3d.files import DAMAGED, read_points
 from vitzoo.tasks.detection3d.frames import LidarFrame, count_points, merge_sweeps
 
 
@@ -63,6 +63,10 @@ class NpzFrames(Dataset[LidarFrame]):
         points = read_points(files[0], columns=self.point_features)
         arrays = _read(files[0], ("boxes", "names"))
         names = [str(name) for name in arrays["names"]]
+        if arrays["boxes"].size != 7 * len(names):
+            shape = arrays["boxes"].shape
+            reason = f"boxes must be (N, 7) beside N names, not {shape} and {len(names)}"
+            raise UnreadableSample(str(files[0]), reason)
         rows = [i for i, name in enumerate(names) if name in self.classes]
         boxes = torch.from_numpy(arrays["boxes"][rows].astype(np.float32)).reshape(-1, 7)
         if self.sweeps > 1:
@@ -86,8 +90,9 @@ class NpzFrames(Dataset[LidarFrame]):
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as arrays:
+            missing = [name for name in names if name not in arrays]
+            if missing:
+                raise UnreadableSample(str(path), f"it holds no array {missing[0]!r}")
             return {name: arrays[name] for name in names}
-    except KeyError as error:
-        raise UnreadableSample(str(path), f"it holds no array {error}") from None
-    except (OSError, ValueError) as error:
+    except DAMAGED as error:
         raise UnreadableSample(str(path), str(error)) from None
