@@ -189,16 +189,25 @@ def measure_here(measurement: Measurement) -> dict[str, Any]:
 
 def memory_here(measurement: Measurement, side: str) -> int:
     """Bytes by which one pass of a side raises this process's largest resident size."""
-    import resource
-
     import torch
 
     torch.set_num_threads(measurement.threads)
     run = _step(measurement, getattr(measurement, side))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident_peak()
     run()
-    rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return rise if sys.platform == "darwin" else 1024 * rise  # Linux counts in KiB
+    return _resident_peak() - before
+
+
+def _resident_peak() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Linux's ru_maxrss begins with that of the process which started this one.
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _step(measurement: Measurement, name: str, *, compiled: bool = False) -> Callable[[], None]:
