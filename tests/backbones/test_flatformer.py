@@ -63,24 +63,29 @@ def test_row_order_does_not_matter() -> None:
         torch.testing.assert_close(model(features[shuffle], coords[shuffle], 2), expected)
 
 
-@pytest.mark.parametrize(("grid", "window"), [((100, 40), 13), ((7, 31), 3), ((13, 13), 13)])
-def test_orders_follow_the_written_keys(grid: tuple[int, int], window: int) -> None:
+@pytest.mark.parametrize(
+    ("grid", "window"),
+    [((100, 40), 13), ((7, 31), 3), ((13, 13), 13), ((40, 23), (5, 2)), ((9, 30), (1, 7))],
+)
+def test_orders_follow_the_written_keys(
+    grid: tuple[int, int], window: int | tuple[int, int]
+) -> None:
     """The keys of the reference's formula, with an offset that keeps the frames apart."""
     ny, nx = grid
     frame, cell = torch.arange(2 * ny * nx) // (ny * nx), torch.arange(2 * ny * nx) % (ny * nx)
     coords = torch.stack([frame, cell // nx, cell % nx], 1)
     orders = flatten_windows(coords, grid, window)
     sign = lambda k: 1 - 2 * (k % 2)  # noqa: E731
-    wide = 2 * (-(-max(grid) // window) + 1)
-    cells = 2 * window
+    wx, wy = (window, window) if isinstance(window, int) else window
+    wide = 2 * (-(-max(grid) // min(wx, wy)) + 1)
     for i, order in enumerate(orders):
-        shift = window // 2 * (i % 2)
-        major, minor = coords[:, 2] + shift, coords[:, 1] + shift
+        major, minor = coords[:, 2] + wx // 2 * (i % 2), coords[:, 1] + wy // 2 * (i % 2)
+        long, short = wx, wy
         if i >= 2:
-            major, minor = minor, major
-        row, column = minor // window, major // window
-        inside = cells * (major % window) + sign(major % window) * (minor % window)
-        key = (wide * row + sign(row) * column) * cells**2 + sign(row) * inside
+            major, minor, long, short = minor, major, short, long
+        row, column = minor // short, major // long
+        inside = 2 * short * (major % long) + sign(major % long) * (minor % short)
+        key = (wide * row + sign(row) * column) * 4 * wx * wy + sign(row) * inside
         key = key + coords[:, 0] * 10**9
         assert key.unique().numel() == len(key)
         assert order.tolist() == key.argsort().tolist()
@@ -149,6 +154,9 @@ def test_arguments_are_checked() -> None:
         timm.create_model("vz_flatformer", pretrained=True)
     with pytest.raises(ValueError, match="no classifier"):
         timm.create_model("vz_flatformer", num_classes=10)
+    for window in (0, (5, 0), (3, 3, 1)):
+        with pytest.raises(ValueError, match="window_size must be one side or two"):
+            small(window_size=window)
     with pytest.raises(TypeError):
         timm.create_model("vz_flatformer", halo=3)
 

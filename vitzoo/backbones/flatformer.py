@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -31,49 +32,61 @@ _NORM_EPS = 1e-5
 _FLATTENINGS = (("x", False), ("x", True), ("y", False), ("y", True))
 
 
+def _sides(window_size: int | Sequence[int]) -> tuple[int, int]:
+    """A window's sides along x and y, of one number or two."""
+    sides = (window_size,) * 2 if isinstance(window_size, int) else tuple(window_size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"window_size must be one side or two (x, y) of at least 1, got {sides}")
+    return sides[0], sides[1]
+
+
 def _snake(place: Tensor, length: int, turn: Tensor) -> Tensor:
     """`place` in [0, length), counted backwards where `turn` is odd."""
     return torch.where(turn % 2 == 0, place, length - 1 - place)
 
 
 def _sort_key(
-    frame: Tensor, major: Tensor, minor: Tensor, window_size: int, windows: int
+    frame: Tensor, major: Tensor, minor: Tensor, window_size: tuple[int, int], windows: int
 ) -> Tensor:
     """Place of every pillar on a snake over the windows, and inside each window.
 
     Args:
         frame, major, minor: (P,) frame and coordinates; window rows follow each other along
             `minor`, the windows of a row along `major`.
-        window_size: side of a window in pillars.
+        window_size: sides of a window in pillars along `major` and `minor`.
         windows: a number that no count of windows along a side exceeds.
     """
-    row, cell_minor = minor // window_size, minor % window_size
-    column, cell_major = major // window_size, major % window_size
+    long, wide = window_size
+    row, cell_minor = minor // wide, minor % wide
+    column, cell_major = major // long, major % long
     key = (frame * windows + row) * windows + _snake(column, windows, row)
-    key = key * window_size + _snake(cell_major, window_size, row)
-    return key * window_size + _snake(cell_minor, window_size, row + cell_major)
+    key = key * long + _snake(cell_major, long, row)
+    return key * wide + _snake(cell_minor, wide, row + cell_major)
 
 
-def flatten_windows(coords: Tensor, grid_size: tuple[int, int], window_size: int) -> Tensor:
+def flatten_windows(
+    coords: Tensor, grid_size: tuple[int, int], window_size: int | Sequence[int]
+) -> Tensor:
     """Orders of the pillars for the four layers of a block: x, x shifted, y, y shifted.
 
     Args:
         coords: (P, 3) as (frame, y, x), in any order.
         grid_size: (ny, nx).
-        window_size: side of a window in pillars.
+        window_size: side of a window in pillars, or its sides (x, y).
 
     Returns:
         (4, P): rows of `coords` in flattened order, frame after frame.
     """
     frame, y, x = coords.long().unbind(-1)
-    shift = window_size // 2
-    windows = (max(grid_size) + shift) // window_size + 1
+    wx, wy = _sides(window_size)
+    windows = (max(grid_size) + max(wx, wy) // 2) // min(wx, wy) + 1
     keys = []
     for axis, shifted in _FLATTENINGS:
-        places = {"x": x + shift * shifted, "y": y + shift * shifted}
-        major = places.pop(axis)
-        (minor,) = places.values()
-        keys.append(_sort_key(frame, major, minor, window_size, windows))
+        along_x, along_y = x + wx // 2 * shifted, y + wy // 2 * shifted
+        if axis == "x":
+            keys.append(_sort_key(frame, along_x, along_y, (wx, wy), windows))
+        else:
+            keys.append(_sort_key(frame, along_y, along_x, (wy, wx), windows))
     return torch.stack(keys).argsort(dim=-1)
 
 
@@ -141,13 +154,15 @@ class FlatFormer(nn.Module):
         grid_size: (ny, nx) of the map.
         depth: blocks of four layers.
         num_heads: heads; divides `in_chans`.
-        window_size: side of the windows that the flattening follows, in pillars.
+        window_size: side of the windows that the flattening follows, in pillars, or their sides in
+            the order (x, y), as the reference's `window_shape` has them.
         group_size: pillars of a group.
-        mlp_ratio: hidden width of the MLPs over the channels.
+        mlp_ratio: hidden width of the MLPs over the channels; their activation is always GELU.
         pos_temperature, pos_normalize: see `encode_position`.
 
     Raises:
-        ValueError: a classifier is asked for, or the heads do not divide the channels.
+        ValueError: a classifier is asked for, the heads do not divide the channels, or a size is
+            below 1.
     """
 
     def __init__(
@@ -158,7 +173,7 @@ class FlatFormer(nn.Module):
         grid_size: tuple[int, int] = (468, 468),
         depth: int = 2,
         num_heads: int = 8,
-        window_size: int = 13,
+        window_size: int | Sequence[int] = 13,
         group_size: int = 144,
         mlp_ratio: float = 2.0,
         pos_temperature: float = 10000.0,
@@ -169,12 +184,12 @@ class FlatFormer(nn.Module):
         super().__init__()
         if num_classes:
             raise ValueError(f"FlatFormer has no classifier, got num_classes={num_classes}")
-        if min(grid_size) < 1 or window_size < 1:
-            raise ValueError(f"grid {grid_size} and window {window_size} must be positive")
+        if min(*grid_size, group_size) < 1:
+            raise ValueError(f"grid {grid_size} and group {group_size} must be positive")
         self.in_chans = self.num_features = self.head_hidden_size = in_chans
         self.num_classes = 0
         self.grid_size = (int(grid_size[0]), int(grid_size[1]))
-        self.window_size = window_size
+        self.window_size = _sides(window_size)
         self.pos_temperature = pos_temperature
         self.pos_normalize = pos_normalize
         self.grad_checkpointing = False

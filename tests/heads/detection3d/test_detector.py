@@ -13,6 +13,8 @@ from vitzoo.heads.detection3d import (
     PillarEncoder,
     PillarGrid,
     join_frames,
+    losses,
+    make_targets,
 )
 
 GRID = PillarGrid((-5.0, -4.0, -2.0, 5.0, 4.0, 2.0), (0.4, 0.32))
@@ -86,6 +88,16 @@ def test_wrong_points_give_a_sentence() -> None:
         detector.train()([draw_points(5)])
     with pytest.raises(ValueError, match="nms_before has 3 values for 2 classes"):
         tiny(decode=DecodeConfig(nms_thresholds=0.5))
+    with pytest.raises(ValueError, match="iou_power has 3 values for 2 classes"):
+        tiny(
+            decode=DecodeConfig(nms_thresholds=0.5, nms_before=9, nms_after=9, iou_power=[1, 1, 1])
+        )
+    with pytest.raises(ValueError, match="nms='soft' is not one of rotated, circle"):
+        DecodeConfig(nms="soft")
+    with pytest.raises(ValueError, match="score_threshold='high' is not of numbers"):
+        DecodeConfig(score_threshold="high")
+    with pytest.raises(ValueError, match="group 0 must be positive"):
+        tiny(group_size=0)
     with pytest.raises(ValueError, match="point_range"):
         PillarGrid((0, 0, 0, 1, -1, 1), (0.1, 0.1))
 
@@ -110,6 +122,44 @@ def test_a_frame_without_boxes_trains() -> None:
     found = tiny().train()([draw_points(60)], [none])
     assert found["loss_box"] == 0
     assert found["loss_heatmap"] > 0
+
+
+def test_a_label_without_a_class_gives_a_sentence() -> None:
+    """In the first frame it would have drawn its peak into the second one's map."""
+    box = torch.tensor([[1.0, 1, 0, 2, 1, 1, 0.3]])
+    with pytest.raises(ValueError, match="frame 0: labels must be below 2, got 2"):
+        make_targets([box, box], [torch.tensor([2]), torch.tensor([0])], grid=GRID, num_classes=2)
+
+
+def test_boxes_that_do_not_count_take_no_slot() -> None:
+    good = torch.tensor([[1.0, 1, 0, 2, 1, 1, 0.3, 1, 2], [-2, 2, 0, 1, 1, 2, 3, 0, 0]])
+    bad = good[:1].repeat(3, 1)
+    bad[0, 3], bad[1, 0] = float("inf"), float("nan")
+    labels = torch.tensor([0, 0, -1])
+    given = [torch.cat([bad, good])], [torch.cat([labels, torch.tensor([0, 1])])]
+    found = make_targets(*given, grid=GRID, num_classes=2, max_objects=2)
+    wanted = make_targets([good], [torch.tensor([0, 1])], grid=GRID, num_classes=2)
+    for name, value in vars(wanted).items():
+        assert torch.equal(getattr(found, name), value), name
+    good[0, 7:] = float("nan")
+    unknown = make_targets([good], [torch.tensor([0, 1])], grid=GRID, num_classes=2)
+    assert unknown.codes[0, 0, 8:].tolist() == [0, 0]
+
+
+def test_one_absurd_box_does_not_fill_the_memory() -> None:
+    box = torch.tensor([[0.0, 0, 0, 1e6, 1e6, 1, 0]])
+    found = make_targets([box], [torch.tensor([0])], grid=GRID, num_classes=1)
+    assert found.heatmap.min() > 0.99
+
+
+def test_targets_of_an_odd_grid_fit_the_maps_of_a_strided_neck() -> None:
+    grid = PillarGrid((-5.0, -4.0, -2.0, 5.0, 4.0, 2.0), (10 / 9, 8 / 7))
+    detector = tiny(grid, neck={"dims": (8,), "depths": (0,), "strides": (2,), "out_dim": 8})
+    maps = detector.forward_maps([draw_points(50)])
+    box = torch.tensor([[4.9, 3.9, 0, 2, 1, 1, 0.3]])
+    targets = make_targets([box], [torch.tensor([1])], grid=grid, num_classes=2, stride=2)
+    assert targets.mask.all()
+    assert losses(maps, targets, cell_size=(20 / 9, 16 / 7))["loss_box"].isfinite()
 
 
 def test_it_learns_one_scene() -> None:

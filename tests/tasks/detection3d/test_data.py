@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,12 @@ def test_augmented_frames_follow_the_generator() -> None:
     assert torch.equal(frames[0].points, frames[1].points)
     assert not torch.equal(frames[0].boxes, frames[2].boxes)
     assert grid.inside(frames[2].points).all()
+    bad = draw_frame(0)
+    bad.boxes[1, 4] = float("inf")
+    assert aug.crop(bad, grid).boxes.isfinite().all()
+    assert aug.crop(bad, PillarGrid((-40, -40, -1, 40, 40, 5), (1, 1))).labels.tolist() == (
+        bad.labels[bad.boxes[:, 4].isfinite()].tolist()
+    )
 
 
 def test_sweeps_meet_in_the_current_axes() -> None:
@@ -156,24 +163,38 @@ def test_points_from_files(tmp_path: Path) -> None:
     (tmp_path / "bad.npy").write_bytes(b"no array")
     np.savez(tmp_path / "other.npz", cloud=points)
     np.save(tmp_path / "flat.npy", points.ravel())
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:200])
-    (tmp_path / "empty.npy").touch()
-    (tmp_path / "zip.npy").write_bytes((tmp_path / "a.npz").read_bytes())
-    np.save(tmp_path / "words.npy", points.astype(str))
+    (tmp_path / "empty.npy").write_bytes(b"")
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:200])
+    (tmp_path / "archive.npy").write_bytes((tmp_path / "a.npz").read_bytes())
+    (tmp_path / "single.npz").write_bytes((tmp_path / "a.npy").read_bytes())
+    np.save(tmp_path / "text.npy", np.array([["a", "b", "c"]]))
+    np.save(tmp_path / "complex.npy", points + 1j)
     for name, reason in {
+        "empty.npy": "No data left",
+        "torn.npz": "not a zip file",
+        "archive.npy": "name it .npz",
+        "single.npz": "name it .npy",
+        "text.npy": "must be real numbers, not of type <U1",
+        "complex.npy": "must be real numbers, not of type complex",
         "torn.bin": "23 numbers are no rows of 4",
         "bad.npy": "bad.npy",
-        "other.npz": "no array",
+        "other.npz": r"it holds no array 'points' \(it has: cloud\)",
         "flat.npy": r"points must be \(N, 3 or more\)",
-        "cut.npz": "cut.npz",
-        "empty.npy": "empty.npy",
-        "zip.npy": "zip.npy",
-        "words.npy": "points must be real numbers",
         "none.bin": "no such file",
         "a.las": "not one of .bin",
     }.items():
-        with pytest.raises(UnreadableSample, match=reason):
+        with pytest.raises(UnreadableSample, match=reason) as caught:
             read_points(tmp_path / name)
+        assert caught.value.path.endswith(name)
+
+
+def test_a_missing_package_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.feather").touch()
+    with pytest.raises(InputError, match=r"pip install vitzoo\[lidar\]"):
+        read_points(tmp_path / "a.feather")
 
 
 def write_kitti(root: Path) -> None:
@@ -212,9 +233,12 @@ def test_kitti(tmp_path: Path) -> None:
         Kitti(tmp_path, "test")
     with pytest.raises(InputError, match="no sweeps in"):
         Kitti(tmp_path / "nothing", "train")
-    (tmp_path / "training/calib/000000.txt").write_text("P2: 1 2")
-    with pytest.raises(UnreadableSample, match="not a calibration"):
-        train[0]
+    calibration = tmp_path / "training/calib/000000.txt"
+    good = calibration.read_text()
+    for text in ("P2: 1 2", good.replace("700", "?"), good.replace("-1", "0")):
+        calibration.write_text(text)
+        with pytest.raises(UnreadableSample, match=r"000000\.txt: not a calibration"):
+            train[0]
 
 
 def write_av2(root: Path) -> None:
@@ -316,10 +340,22 @@ def test_converted_frames(tmp_path: Path) -> None:
     assert len(NpzFrames(tmp_path, "train", classes=["car"], every=2)) == 2
     with pytest.raises(InputError, match="no frames under"):
         NpzFrames(tmp_path, "val", classes=["car"])
-    arrays = {"points": np.zeros((2, 5), np.float32), "boxes": np.zeros((1, 7), np.float32)}
-    np.savez(tmp_path / "train/seq/001.npz", names=np.array(["car", "car"]), **arrays)
-    with pytest.raises(UnreadableSample, match=r"not \(1, 7\) and 2"):
-        frames[1]
-    np.savez(tmp_path / "train/seq/001.npz", points=np.zeros((2, 5), np.float32))
-    with pytest.raises(UnreadableSample, match="no array"):
-        frames[1]
+    good = {"points": np.zeros((2, 5)), "boxes": np.ones((2, 7)), "names": ["car", "car"]}
+    good["pose"] = np.eye(4)
+    for changed, reason in (
+        ({"boxes": np.ones((1, 7))}, r".* not \(1, 7\) and 2"),
+        ({"names": ["car"]}, r".* not \(2, 7\) and 1"),
+        ({"boxes": np.ones((2, 9))}, r"boxes must be \(N, 7\) .* not \(2, 9\) and 2"),
+        ({"boxes": np.ones((2, 7), complex)}, "boxes must be real numbers"),
+        ({"pose": np.eye(3)}, r"a pose must be \(4, 4\), not \(3, 3\)"),
+        ({"pose": np.zeros((4, 4))}, "its pose is not finite or has no inverse"),
+        ({"other": 1, "pose": None}, "Object arrays|no array"),
+    ):
+        np.savez(tmp_path / "train/seq/001.npz", **(good | changed))
+        with pytest.raises(UnreadableSample, match=rf"001\.npz: ({reason})"):
+            frames[1]
+    np.savez(tmp_path / "train/seq/001.npz", **(good | {"names": np.array([b"car", b"tree"])}))
+    assert frames[1].labels.tolist() == [0]
+    for key in ("sweeps", "every"):
+        with pytest.raises(InputError, match=f"data.{key} must be at least 1, got 0"):
+            NpzFrames(tmp_path, "train", classes=["car"], **{key: 0})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -57,6 +58,9 @@ class DecodeConfig:
         nms_thresholds: per class, or one for all, see `suppress`.
         nms_before, nms_after: most boxes per class before and after suppression, per class or one
             for all.
+
+    Raises:
+        ValueError: an unknown kind of suppression, or a setting that is no number.
     """
 
     score_threshold: float = 0.1
@@ -67,6 +71,19 @@ class DecodeConfig:
     nms_thresholds: float | Sequence[float] = (0.8, 0.55, 0.55)
     nms_before: int | Sequence[int] = (2048, 1024, 1024)
     nms_after: int | Sequence[int] = (300, 100, 100)
+
+    def __post_init__(self) -> None:
+        if self.nms not in get_args(NmsKind):
+            raise ValueError(f"nms={self.nms!r} is not one of {', '.join(get_args(NmsKind))}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if field.name == "nms" or value is None:
+                continue
+            if not all(isinstance(n, Real) for n in numbers):
+                raise ValueError(f"{field.name}={value!r} is not of numbers")
+        if self.centre_range is not None and len(self.centre_range) != 6:
+            raise ValueError(f"centre_range={self.centre_range} is not (x0, y0, z0, x1, y1, z1)")
 
     def per_class(self, name: str, num_classes: int) -> list[float]:
         """A setting for every class.

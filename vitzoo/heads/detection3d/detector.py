@@ -17,7 +17,8 @@ from vitzoo.heads.detection3d.pillars import PillarEncoder, PillarGrid, join_fra
 from vitzoo.heads.detection3d.targets import losses, make_targets
 
 StateDict = dict[str, Tensor]
-WAYMO_GRID = PillarGrid((-74.88, -74.88, -2.0, 74.88, 74.88, 4.0), (0.32, 0.32))
+# The recipes of the paper drop the outermost millimetre of the pillars' 6 m.
+WAYMO_GRID = PillarGrid((-74.88, -74.88, -1.999, 74.88, 74.88, 3.999), (0.32, 0.32))
 
 
 class PillarDetector(nn.Module):
@@ -52,7 +53,7 @@ class PillarDetector(nn.Module):
         self.head = head
         self.decode = decode or DecodeConfig()
         self.velocity_weight = velocity_weight
-        for name in ("nms_thresholds", "nms_before", "nms_after"):
+        for name in ("iou_power", "nms_thresholds", "nms_before", "nms_after"):
             self.decode.per_class(name, head.num_classes)
 
     @property

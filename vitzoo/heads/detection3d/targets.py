@@ -55,18 +55,26 @@ def gaussian_radius(length: Tensor, width: Tensor, overlap: float) -> Tensor:
 
 
 def _pad(
-    boxes: Sequence[Tensor], labels: Sequence[Tensor], max_objects: int
+    boxes: Sequence[Tensor], labels: Sequence[Tensor], num_classes: int, max_objects: int
 ) -> tuple[Tensor, Tensor]:
     """Boxes (B, K, 9) class by class, labels (B, K), -1 in empty slots."""
     kept_boxes, kept_labels = [], []
-    for box, label in zip(boxes, labels, strict=True):
-        if box.dim() != 2 or box.shape[1] not in (7, 9) or len(box) != len(label):
+    for frame, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        if box.dim() != 2 or box.shape[1] not in (7, 9) or label.shape != box.shape[:1]:
             raise ValueError(
                 "boxes must be (N, 7), or (N, 9) with velocities, and labels (N,); got "
                 f"{tuple(box.shape)} and {tuple(label.shape)}"
             )
-        box, label = box[label >= 0], label[label >= 0]
+        if bool((label >= num_classes).any()):
+            raise ValueError(
+                f"frame {frame}: labels must be below {num_classes}, got {label.max().item()}"
+            )
+        # Before the ranking, or they would take the slots of boxes that count.
+        good = (label >= 0) & box[:, :7].isfinite().all(-1)
+        box, label = box[good], label[good]
         order = label.argsort(stable=True)[:max_objects]
+        # nuScenes has no velocity where it writes NaN.
+        box = torch.cat([box[:, :7], box[:, 7:].nan_to_num(0, 0, 0)], dim=-1)
         kept_boxes.append(F.pad(box[order].float(), (0, 9 - box.shape[1])))
         kept_labels.append(label[order].long())
     pad = torch.nn.utils.rnn.pad_sequence
@@ -88,7 +96,8 @@ def make_targets(
 
     Args:
         boxes: per frame (N, 7), or (N, 9) with velocities.
-        labels: per frame (N,), classes from 0; boxes with a negative one are left out.
+        labels: per frame (N,), classes from 0; boxes with a negative one, or with a number that is
+            not finite, are left out.
         grid: the pillars.
         num_classes: object classes.
         stride: pillars per cell of the head's map, along each side.
@@ -99,10 +108,8 @@ def make_targets(
     Raises:
         ValueError: the shapes of boxes and labels do not fit, or a label is no class.
     """
-    for label in labels:
-        if len(label) and int(label.max()) >= num_classes:
-            raise ValueError(f"labels must be below {num_classes}, got {int(label.max())}")
-    padded, classes = _pad(boxes, labels, max_objects)
+    padded, classes = _pad(boxes, labels, num_classes, max_objects)
+    # Up, as the neck's convolutions do; the reference rounds down and needs sides that divide.
     H, W = (-(-side // stride) for side in grid.size)
     cell_size = padded.new_tensor(grid.pillar_size) * stride
     place = (padded[..., :2] - padded.new_tensor(grid.point_range[:2])) / cell_size
@@ -152,7 +159,8 @@ def _draw_peaks(
     flat = torch.zeros(planes * H * W, device=row.device)
     if len(row) == 0:
         return flat
-    reach = int(radius.max())
+    # A radius beyond the map is cut there: one absurd box must not fill the memory.
+    reach = min(int(radius.max()), max(H, W))
     steps = torch.arange(-reach, reach + 1, device=row.device)
     dy, dx = (d.flatten() for d in torch.meshgrid(steps, steps, indexing="ij"))
     y, x, r = row[:, None] + dy, column[:, None] + dx, radius[:, None]

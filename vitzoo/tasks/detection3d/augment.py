@@ -73,10 +73,11 @@ def scale(frame: LidarFrame, factor: float) -> LidarFrame:
 
 
 def crop(frame: LidarFrame, grid: PillarGrid) -> LidarFrame:
-    """Without the points outside the grid's range and the boxes centred outside it from above."""
+    """Without points outside the grid's range, and boxes centred outside it or not finite."""
     x0, y0, _, x1, y1, _ = grid.point_range
     x, y = frame.boxes[:, 0], frame.boxes[:, 1]
-    frame = frame.keep_boxes((x >= x0) & (x < x1) & (y >= y0) & (y < y1))
+    within = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
+    frame = frame.keep_boxes(within & frame.boxes.isfinite().all(-1))
     return replace(frame, points=frame.points[grid.inside(frame.points)])
 
 

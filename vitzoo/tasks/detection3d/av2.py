@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from vitzoo.errors import InputError
 from vitzoo.tasks.contract import UnreadableSample
-from vitzoo.tasks.detection3d.files import pose_matrix, read_feather, read_points
-from vitzoo.tasks.detection3d.frames import LidarFrame, merge_sweeps
+from vitzoo.tasks.detection3d.files import pose_matrix, read_feather, read_points, unreadable
+from vitzoo.tasks.detection3d.frames import LidarFrame, check_pose, check_steps, merge_sweeps
 
 CLASSES = (
     "REGULAR_VEHICLE", "PEDESTRIAN", "BICYCLIST", "MOTORCYCLIST", "WHEELED_RIDER", "BOLLARD",
@@ -44,7 +44,7 @@ class Argoverse2(Dataset[LidarFrame]):
         every: take every n-th annotated sweep.
 
     Raises:
-        InputError: no log there.
+        InputError: no log there, or `sweeps` or `every` below 1.
     """
 
     point_features = 5
@@ -58,6 +58,7 @@ class Argoverse2(Dataset[LidarFrame]):
         sweeps: int = 1,
         every: int = 1,
     ) -> None:
+        check_steps(sweeps, every)
         folder = Path(root).expanduser() / split
         self.classes, self.sweeps = tuple(classes), sweeps
         self.samples: list[tuple[Path, int]] = []
@@ -123,12 +124,8 @@ def _sweep(log: Path, time: int) -> Path:
 
 
 def _read(path: Path, columns: tuple[str, ...]) -> dict[str, Any]:
-    try:
+    with unreadable(path):
         return read_feather(path, columns)
-    except (OSError, ValueError) as error:
-        raise UnreadableSample(str(path), str(error)) from None
-    except KeyError as error:
-        raise UnreadableSample(str(path), f"no column {error}") from None
 
 
 def _pose(table: dict[str, Any], time: int) -> Tensor:
@@ -139,7 +136,8 @@ def _pose(table: dict[str, Any], time: int) -> Tensor:
         [table[name][rows[0]] for name in names]
         for names in (_POSE_COLUMNS[1:5], _POSE_COLUMNS[5:])
     )
-    return pose_matrix(quaternion, place)
+    with unreadable("city_SE3_egovehicle.feather"):
+        return check_pose(pose_matrix(quaternion, place))
 
 
 def _box(table: dict[str, Any], row: int) -> list[float]:

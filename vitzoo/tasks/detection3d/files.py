@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -16,8 +18,6 @@ from vitzoo.tasks.contract import UnreadableSample
 
 # Argoverse 2's intensity is a byte.
 _BYTE = 255.0
-# What numpy raises for files that are no arrays: wrong, cut off, empty, or of another suffix.
-DAMAGED = (OSError, ValueError, EOFError, BadZipFile, AttributeError)
 
 
 def read_points(path: str | Path, *, columns: int | None = None) -> Tensor:
@@ -37,22 +37,8 @@ def read_points(path: str | Path, *, columns: int | None = None) -> Tensor:
     path = Path(path)
     if path.suffix not in _READERS:
         raise UnreadableSample(str(path), f"not one of {', '.join(_READERS)}")
-    try:
-        points = np.asarray(_READERS[path.suffix](path))
-    except InputError:
-        # A ValueError too, but about this machine: a package is missing.
-        raise
-    except FileNotFoundError:
-        raise UnreadableSample(str(path), "no such file") from None
-    except KeyError as error:
-        raise UnreadableSample(str(path), f"it holds no array {error}") from None
-    except DAMAGED as error:
-        raise UnreadableSample(str(path), str(error)) from None
-    if points.dtype.kind not in "fiu":
-        raise UnreadableSample(str(path), f"points must be real numbers, not {points.dtype}")
-    if points.ndim != 2 or points.shape[1] < 3:
-        raise UnreadableSample(str(path), f"points must be (N, 3 or more), not {points.shape}")
-    found = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32))
+    with unreadable(path):
+        found = as_points(_READERS[path.suffix](path))
     if columns is None or columns == found.shape[1]:
         return found
     if columns < found.shape[1]:
@@ -60,6 +46,63 @@ def read_points(path: str | Path, *, columns: int | None = None) -> Tensor:
             str(path), f"points have {found.shape[1]} columns where {columns} are wanted"
         )
     return torch.nn.functional.pad(found, (0, columns - found.shape[1]))
+
+
+@contextmanager
+def unreadable(path: str | Path) -> Iterator[None]:
+    """Turn what a damaged or foreign file makes its reader raise into `UnreadableSample`."""
+    try:
+        yield
+    except InputError:
+        # A missing package is no fault of the file's.
+        raise
+    except FileNotFoundError:
+        raise UnreadableSample(str(path), "no such file") from None
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error, RuntimeError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise UnreadableSample(str(path), reason or "damaged or empty") from None
+
+
+def as_points(values: Any) -> Tensor:
+    """An array of numbers -> float32 points (N, 3 or more).
+
+    Raises:
+        ValueError: no real numbers, or of another shape.
+    """
+    array = as_numbers(np.asarray(values), "points")
+    if array.ndim != 2 or array.shape[1] < 3:
+        raise ValueError(f"points must be (N, 3 or more), not {array.shape}")
+    with np.errstate(over="ignore"):
+        # What float32 cannot hold is infinite, and dropped with a count like any such point.
+        return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
+
+
+def as_numbers(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    """The array itself.
+
+    Raises:
+        ValueError: it is not of real numbers.
+    """
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} must be real numbers, not of type {array.dtype}")
+    return array
+
+
+def read_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+    """Arrays of an `.npz` file.
+
+    Raises:
+        ValueError: no such archive, or an array is missing; what numpy raises on a torn one.
+    """
+    arrays = np.load(path)
+    if isinstance(arrays, np.ndarray):
+        raise ValueError("it holds a single array: name it .npy")
+    with arrays:
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            has = ", ".join(arrays.files) or "none"
+            raise ValueError(f"it holds no array {missing[0]!r} (it has: {has})")
+        return [arrays[name] for name in names]
 
 
 def _bin(path: Path) -> Any:
@@ -70,11 +113,16 @@ def _bin(path: Path) -> Any:
     return values.reshape(-1, width)
 
 
+def _npy(path: Path) -> Any:
+    array = np.load(path)
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise ValueError("it is an archive of arrays: name it .npz")
+    return array
+
+
 def _npz(path: Path) -> Any:
-    with np.load(path) as arrays:
-        if "points" not in arrays:
-            raise KeyError("points")
-        return arrays["points"]
+    return read_arrays(path, ("points",))[0]
 
 
 def _feather(path: Path) -> Any:
@@ -87,7 +135,7 @@ def _feather(path: Path) -> Any:
 _READERS: dict[str, Callable[[Path], Any]] = {
     ".bin": _bin,
     ".feather": _feather,
-    ".npy": np.load,
+    ".npy": _npy,
     ".npz": _npz,
 }
 POINT_FILES = tuple(_READERS)
@@ -97,8 +145,7 @@ def read_feather(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray[Any
     """Columns of a feather file as arrays.
 
     Raises:
-        KeyError: a column is missing.
-        ValueError: not a feather file.
+        ValueError: not a feather file, or a column is missing.
         InputError: pyarrow is not installed.
     """
     try:
@@ -109,6 +156,9 @@ def read_feather(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray[Any
         table = feather.read_table(path)
     except ArrowInvalid as error:
         raise ValueError(str(error)) from None
+    missing = [name for name in names if name not in table.column_names]
+    if missing:
+        raise ValueError(f"it has no column {missing[0]!r}")
     return {name: table.column(name).to_numpy() for name in names}
 
 

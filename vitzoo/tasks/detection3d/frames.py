@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from vitzoo.errors import InputError
 from vitzoo.heads.detection3d.boxes import BOX_SIZE, points_in_boxes
 
 
@@ -49,11 +50,36 @@ def count_points(points: Tensor, boxes: Tensor) -> Tensor:
     return torch.stack(counts) if counts else torch.zeros(0, dtype=torch.int64)
 
 
+def check_pose(pose: Tensor) -> Tensor:
+    """The pose itself.
+
+    Raises:
+        ValueError: it is no (4, 4) of finite numbers, or has no inverse.
+    """
+    if pose.shape != (4, 4):
+        raise ValueError(f"a pose must be (4, 4), not {tuple(pose.shape)}")
+    if not pose.isfinite().all() or torch.linalg.inv_ex(pose.double()).info:
+        raise ValueError("its pose is not finite or has no inverse")
+    return pose
+
+
+def check_steps(sweeps: int, every: int) -> None:
+    """Check two settings of the readers of sequences.
+
+    Raises:
+        InputError: one is below 1.
+    """
+    for name, value in (("sweeps", sweeps), ("every", every)):
+        if value < 1:
+            raise InputError(f"data.{name} must be at least 1, got {value}")
+
+
 def merge_sweeps(sweeps: Sequence[Tensor], poses: Sequence[Tensor], *, near: float = 5.0) -> Tensor:
     """The current sweep and past ones in the current vehicle's axes.
 
     As in FlatFormer's multi-frame recipes: the last column becomes the sweep's age (0, -1, -2), and
-    points of past sweeps close to the vehicle, which are the vehicle itself, are removed.
+    points of past sweeps close to the vehicle, which are the vehicle itself, are removed. Close
+    where the sweep was taken, before it is moved, as in the reference's loader.
 
     Args:
         sweeps: (N, C) each, newest first; missing ones are given as the current sweep.
@@ -64,16 +90,18 @@ def merge_sweeps(sweeps: Sequence[Tensor], poses: Sequence[Tensor], *, near: flo
         (N', C).
 
     Raises:
-        ValueError: not as many poses as sweeps.
+        ValueError: not as many poses as sweeps, or a pose that is no (4, 4) or has no inverse.
     """
     if len(sweeps) != len(poses):
         raise ValueError(f"{len(sweeps)} sweeps need as many poses, got {len(poses)}")
+    for pose in poses:
+        check_pose(pose)
     to_vehicle = torch.linalg.inv(poses[0].double())
     merged = []
     for age, (given, pose) in enumerate(zip(sweeps, poses, strict=True)):
         sweep = given.clone()
         if given is not sweeps[0]:
-            sweep = sweep[sweep[:, :2].norm(dim=-1) >= near]
+            sweep = sweep[sweep[:, :2].norm(dim=-1) > near]
             move = to_vehicle @ pose.double()
             sweep[:, :3] = (sweep[:, :3].double() @ move[:3, :3].T + move[:3, 3]).float()
         sweep[:, -1] = -age

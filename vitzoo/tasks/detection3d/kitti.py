@@ -14,7 +14,7 @@ from vitzoo.errors import InputError
 from vitzoo.heads.detection3d.boxes import wrap_angle
 from vitzoo.tasks.contract import UnreadableSample
 from vitzoo.tasks.detection3d.files import read_points
-from vitzoo.tasks.detection3d.frames import LidarFrame, count_points
+from vitzoo.tasks.detection3d.frames import LidarFrame, check_pose, count_points
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 # Left colour camera; only what it sees is annotated.
@@ -98,17 +98,21 @@ def _lines(path: Path) -> list[str]:
 def _calibration(path: Path) -> tuple[Tensor, Tensor]:
     """LiDAR to rectified camera (4, 4), and camera to image (3, 4)."""
     rows = {}
+    for line in _lines(path):
+        name, _, values = line.partition(":")
+        rows[name] = values.split()
     try:
-        for line in _lines(path):
-            name, _, values = line.partition(":")
-            rows[name] = [float(v) for v in values.split()]
         rectify, to_camera = torch.eye(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
-        rectify[:3, :3] = torch.tensor(rows["R0_rect"], dtype=torch.float64).view(3, 3)
-        to_camera[:3] = torch.tensor(rows["Tr_velo_to_cam"], dtype=torch.float64).view(3, 4)
-        projection = torch.tensor(rows["P2"], dtype=torch.float64).view(3, 4)
-    except (KeyError, RuntimeError, ValueError) as error:
+        rectify[:3, :3] = _matrix(rows["R0_rect"], 3)
+        to_camera[:3] = _matrix(rows["Tr_velo_to_cam"], 4)
+        projection = _matrix(rows["P2"], 4)
+        return check_pose(rectify @ to_camera), projection
+    except (KeyError, ValueError, RuntimeError) as error:
         raise UnreadableSample(str(path), f"not a calibration: {error}") from None
-    return rectify @ to_camera, projection
+
+
+def _matrix(values: list[str], columns: int) -> Tensor:
+    return torch.tensor([float(v) for v in values], dtype=torch.float64).view(3, columns)
 
 
 def _in_view(points: Tensor, to_camera: Tensor, projection: Tensor) -> Tensor:

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from vitzoo.errors import InputError
-from vitzoo.tasks.contract import UnreadableSample
-from vitzoo.tasks.detection3d.files import DAMAGED, read_points
-from vitzoo.tasks.detection3d.frames import LidarFrame, count_points, merge_sweeps
+from vitzoo.tasks.detection3d.files import as_numbers, read_arrays, read_points, unreadable
+from vitzoo.tasks.detection3d.frames import (
+    LidarFrame,
+    check_pose,
+    check_steps,
+    count_points,
+    merge_sweeps,
+)
 
 
 class NpzFrames(Dataset[LidarFrame]):
@@ -32,7 +38,7 @@ class NpzFrames(Dataset[LidarFrame]):
         point_features: columns of `points`.
 
     Raises:
-        InputError: no file there.
+        InputError: no file there, or `sweeps` or `every` below 1.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class NpzFrames(Dataset[LidarFrame]):
         point_features: int = 5,
     ) -> None:
         folder = Path(root).expanduser() / split
+        check_steps(sweeps, every)
         self.classes, self.sweeps, self.point_features = tuple(classes), sweeps, point_features
         self.files: list[list[Path]] = []
         for sequence in sorted(path for path in folder.glob("*") if path.is_dir()):
@@ -61,14 +68,8 @@ class NpzFrames(Dataset[LidarFrame]):
     def __getitem__(self, index: int) -> LidarFrame:
         files = self.files[index]
         points = read_points(files[0], columns=self.point_features)
-        arrays = _read(files[0], ("boxes", "names"))
-        names = [str(name) for name in arrays["names"]]
-        if arrays["boxes"].size != 7 * len(names):
-            shape = arrays["boxes"].shape
-            reason = f"boxes must be (N, 7) beside N names, not {shape} and {len(names)}"
-            raise UnreadableSample(str(files[0]), reason)
-        rows = [i for i, name in enumerate(names) if name in self.classes]
-        boxes = torch.from_numpy(arrays["boxes"][rows].astype(np.float32)).reshape(-1, 7)
+        with unreadable(files[0]):
+            boxes, labels = _boxes(files[0], self.classes)
         if self.sweeps > 1:
             # Where the sequence starts, the current sweep stands for the missing ones.
             files = files + [files[0]] * (self.sweeps - len(files))
@@ -76,23 +77,30 @@ class NpzFrames(Dataset[LidarFrame]):
                 points if file == files[0] else read_points(file, columns=self.point_features)
                 for file in files[1:]
             ]
-            poses = [torch.from_numpy(_read(file, ("pose",))["pose"]) for file in files]
-            points = merge_sweeps(sweeps, poses)
+            points = merge_sweeps(sweeps, [_pose(file) for file in files])
         return LidarFrame(
             points,
             boxes,
-            torch.tensor([self.classes.index(names[i]) for i in rows]).long(),
+            labels,
             count_points(points, boxes),
             name=f"{files[0].parent.name}/{files[0].stem}",
         )
 
 
-def _read(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path) as arrays:
-            missing = [name for name in names if name not in arrays]
-            if missing:
-                raise UnreadableSample(str(path), f"it holds no array {missing[0]!r}")
-            return {name: arrays[name] for name in names}
-    except DAMAGED as error:
-        raise UnreadableSample(str(path), str(error)) from None
+def _boxes(path: Path, classes: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Boxes (M, 7) and labels (M,) of the classes that count."""
+    given, names = read_arrays(path, ("boxes", "names"))
+    boxes = as_numbers(given, "boxes") if given.size else np.zeros((0, 7))
+    if boxes.shape != (names.size, 7) or names.ndim != 1:
+        raise ValueError(f"boxes must be (N, 7) beside N names, not {given.shape} and {names.size}")
+    # Names may be bytes.
+    kinds = names.astype(str).tolist()
+    rows = [i for i, name in enumerate(kinds) if name in classes]
+    labels = torch.tensor([classes.index(kinds[i]) for i in rows]).long()
+    return torch.from_numpy(boxes[rows].astype(np.float32)), labels
+
+
+def _pose(path: Path) -> Tensor:
+    with unreadable(path):
+        (pose,) = read_arrays(path, ("pose",))
+        return check_pose(torch.from_numpy(as_numbers(pose, "pose").astype(np.float64)))

@@ -29,7 +29,7 @@ class DetectorOptions:
     name: str = "vz_flatformer"
     checkpoint: str | None = None
     point_range: list[float] = field(
-        default_factory=lambda: [-74.88, -74.88, -2.0, 74.88, 74.88, 4.0]
+        default_factory=lambda: [-74.88, -74.88, -1.999, 74.88, 74.88, 3.999]
     )
     pillar_size: list[float] = field(default_factory=lambda: [0.32, 0.32])
     pillar_dims: list[int] = field(default_factory=lambda: [64, 128])

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
@@ -24,7 +23,7 @@ from vitzoo.heads.detection3d import (
 from vitzoo.tasks.contract import Batch, Task, TaskData
 from vitzoo.tasks.detection3d import av2, kitti, synthetic
 from vitzoo.tasks.detection3d.augment import PasteBank, augment, crop
-from vitzoo.tasks.detection3d.files import POINT_FILES, read_points
+from vitzoo.tasks.detection3d.files import POINT_FILES, as_points, read_points
 from vitzoo.tasks.detection3d.frames import LidarFrame
 from vitzoo.tasks.detection3d.metrics import DetectionMetrics, MetricOptions
 from vitzoo.tasks.detection3d.npz import NpzFrames
@@ -246,12 +245,12 @@ class Detection3DTask(Task):
         results = []
         for given in images:
             from_file = isinstance(given, str | Path)
-            points = (
-                read_points(given, columns=self.point_features)
-                if from_file
-                else torch.as_tensor(np.asarray(given), dtype=torch.float32)
-            )
             try:
+                points = (
+                    read_points(given, columns=self.point_features)
+                    if from_file
+                    else as_points(given)
+                )
                 kept, _, dropped = join_frames([points], self.point_features, self.grid)
                 (found,) = self.model([points.to(self.device)])
             except ValueError as error:
