@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def test_other_pictures_are_not_stale(family: str) -> None:
 
 def test_every_family_has_a_picture() -> None:
     assert {vitzoo.info(name).family for name in vitzoo.list_models()} == set(MODELS)
+
+
+def test_the_measured_backbone_of_points_is_on_its_card() -> None:
+    text = (ROOT / "MODEL_CARDS.md").read_text()
+    card = text.partition("## FlatFormer")[2].partition("\n## ")[0]
+    found = json.loads((ROOT / "benchmarks" / "flatformer.json").read_text())
+    assert "Speed and memory: not measured yet" not in card
+    assert all(f"{value:.2f} (" in card for value in found["exponents"].values())
+    assert sum(f"| {row['padded_over_flattened']:.2f} |" in card for row in found["rows"]) == 10
 
 
 def test_every_model_and_every_weight_has_a_line() -> None:

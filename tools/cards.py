@@ -13,12 +13,13 @@ ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "MODEL_CARDS.md"
 PICTURES = ROOT / "docs" / "pictures"
 SPEED = ROOT / "benchmarks" / "models.json"
+POINTS = ROOT / "benchmarks" / "flatformer.json"
 
 
 def cards() -> str:
     """The cards of all registered models."""
-    speed = json.loads(SPEED.read_text()) if SPEED.exists() else None
-    return render([vitzoo.info(name) for name in vitzoo.list_models()], all_entries(), speed)
+    measured = [json.loads(f.read_text()) if f.exists() else None for f in (SPEED, POINTS)]
+    return render([vitzoo.info(name) for name in vitzoo.list_models()], all_entries(), *measured)
 
 
 def files() -> dict[Path, str]:

@@ -20,6 +20,8 @@ first opened from the cache: a sha256 (of this table, or published by the hub), 
 the file's name, or, where nothing is published, the hash of the first download, recorded then.
 """
 
+_DENSITIES = {"uniform": "uniform", "range_squared": "falling with the square of the range"}
+
 FAMILIES = {
     "davit": (
         "DaViT",
@@ -68,7 +70,10 @@ FAMILIES = {
 
 
 def render(
-    records: Sequence[Any], entries: Iterable[WeightEntry], speed: Mapping[str, Any] | None = None
+    records: Sequence[Any],
+    entries: Iterable[WeightEntry],
+    speed: Mapping[str, Any] | None = None,
+    points: Mapping[str, Any] | None = None,
 ) -> str:
     """The cards as Markdown.
 
@@ -76,6 +81,7 @@ def render(
         records: `ModelInfo` of every model, in the order of registration.
         entries: the whole weights table.
         speed: content of `benchmarks/models.json`, if it is there.
+        points: content of `benchmarks/flatformer.json`, if it is there.
     """
     entries = list(entries)
     families = list(dict.fromkeys(record.family for record in records))
@@ -84,7 +90,10 @@ def render(
         mine = [record for record in records if record.family == family]
         names = {record.name for record in mine}
         weights = [entry for entry in entries if entry.model in names]
-        parts.append(_card(family, mine, weights, speed or {}))
+        measured = _measured(mine, speed or {})
+        if points and mine[0].modality == "points":
+            measured = _measured_on_points(points)
+        parts.append(_card(family, mine, weights, measured))
     return "\n".join(parts)
 
 
@@ -92,7 +101,7 @@ def _card(
     family: str,
     records: Sequence[Any],
     weights: Sequence[WeightEntry],
-    speed: Mapping[str, Any],
+    measured: Sequence[str],
 ) -> str:
     title, text = FAMILIES[family]
     first = records[0]
@@ -111,7 +120,7 @@ def _card(
         *(_variant(record) for record in records),
         "",
         *_limits(records),
-        *_measured(records, speed),
+        *measured,
         *_weights(weights),
         *_citation(records),
     ]
@@ -174,6 +183,31 @@ def _measured(records: Sequence[Any], speed: Mapping[str, Any]) -> list[str]:
         cells += [_number(row.get(key), 1) for key in ("model_ms", "baseline_ms")]
         cells += [_number(row.get("ratio"), 2)]
         cells += [_number(row.get(key), 0, 1e-6) for key in ("model_bytes", "baseline_bytes")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, ""]
+
+
+def _measured_on_points(speed: Mapping[str, Any]) -> list[str]:
+    """Times of the backbone that `benchmarks/flatformer.py` measured against padded windows."""
+    machine, exponents = speed["machine"], speed["exponents"]
+    growth = ", ".join(
+        f"{exponents[density]:.2f} ({_DENSITIES[density]})" for density in sorted(exponents)
+    )
+    lines = [
+        f"Measured on {machine['processor']}, torch {machine['torch']}, {machine['date']}, "
+        f"{machine['threads']} threads, float32 (`benchmarks/flatformer.json`): one frame through "
+        "the backbone, and through attention in equal windows padded to the fullest one, with the "
+        f"same weights. Time grows with pillars to the power {growth}. Memory: not measured yet.",
+        "",
+        "| pillars | density | ms | padded windows, ms | ratio | lowest and highest ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in speed["rows"]:
+        seconds, spread = row["seconds"], row["ratio_range"]
+        cells = [row["pillars"], _DENSITIES[row["density"]]]
+        cells += [_number(seconds[side], 0, 1e3) for side in ("backbone", "padded")]
+        cells += [_number(row["padded_over_flattened"], 2)]
+        cells += [f"{spread[0]:.2f} to {spread[1]:.2f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, ""]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +59,16 @@ def test_a_run_and_its_predictions(tmp_path: Path) -> None:
     written = json.loads(json.dumps(from_file.to_dict()))
     assert written["dropped"] == from_memory.to_dict()["dropped"] + 2
     assert set(written["boxes"][0]) == {"label", "index", "score", "centre", "size", "yaw"}
+    summary = from_file.summary(min_score=0.0)
+    assert summary.endswith(f"({len(from_file.points)} points, {from_file.dropped} dropped)")
+    assert "car" in summary
     picture = from_file.draw(side=200, min_score=0.0)
     assert picture.size == (200, 200)
     assert len(picture.getcolors(maxcolors=1 << 16)) > 3
+    none = replace(from_file, points=points[:0], found=from_file.found[:0])
+    assert none.summary().startswith("nothing with a score of 0.3 or more (0 points")
+    # The vehicle is drawn in the middle.
+    assert none.draw(side=200).getpixel((100, 100)) != none.draw(side=200).getpixel((150, 150))
     with pytest.raises(InputError, match=r"points must be \(N, 4\)"):
         task.predict([points.numpy()[:, :3]])
     with pytest.raises(UnreadableSample, match="no such file"):
