@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ import timm
 import torch
 from torch import Tensor
 
-from vitzoo.engine.bench import machine
+from vitzoo.engine.bench import machine, resident_peak
 from vitzoo.engine.bench_cases import expanded_keys
 from vitzoo.ops import OPERATORS, Backend, use_backend
 from vitzoo.ops.routed import join_regions, split_regions
@@ -51,11 +50,6 @@ def expanded_attention(
     scores = (queries * scale) @ keys.permute(0, 2, 3, 1)
     out = scores.softmax(dim=-1) @ values.transpose(1, 2)
     return join_regions(out.transpose(1, 2), region_grid, *q.shape[1:3])
-
-
-def resident_peak() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def step(side: str, size: tuple[int, int]) -> dict:

@@ -40,7 +40,7 @@ def _network(name: str, shape: tuple[int, int, int], **arguments: Any) -> Networ
     return Network(timm.create_model(name, **arguments).eval(), shape, {}, ("logits",))
 
 
-def _agrees(
+def assert_agrees(
     network: Network, folder: Path, *, size: bool, formats: Sequence[str] = tuple(SUFFIXES)
 ) -> None:
     dynamic = ("batch", "size") if size else ("batch",)
@@ -61,7 +61,7 @@ def _agrees(
 )
 def test_any_batch_and_size_in_one_graph(to: str, tmp_path: Path) -> None:
     network = _network("vz_davit_tiny", (3, 64, 64), num_classes=5, **FOUR)
-    _agrees(network, tmp_path, size=True, formats=(to,))
+    assert_agrees(network, tmp_path, size=True, formats=(to,))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_any_batch_and_size_in_one_graph(to: str, tmp_path: Path) -> None:
 )
 def test_tiles_regions_and_budgets_follow_the_size(name: str, tmp_path: Path) -> None:
     network = _network(name, (3, 224, 224), num_classes=5, **ANY_SIZE[name])
-    _agrees(network, tmp_path, size=True, formats=("torch-export",))
+    assert_agrees(network, tmp_path, size=True, formats=("torch-export",))
 
 
 @pytest.mark.parametrize("to", SUFFIXES)
@@ -81,7 +81,7 @@ def test_tiles_regions_and_budgets_follow_the_size(name: str, tmp_path: Path) ->
 def test_every_kind_of_model(name: str, to: str, tmp_path: Path) -> None:
     record = info(name)
     size = not {"any_size", "dynamic_size"} & set(record.limits)
-    _agrees(_network(name, record.input_size), tmp_path, size=size, formats=(to,))
+    assert_agrees(_network(name, record.input_size), tmp_path, size=size, formats=(to,))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_every_decoder_at_any_size(head: str, to: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = vitzoo.build_segmenter("vz_davit_tiny", head=head, num_classes=4, **FOUR).eval()
     network = Network(model, (3, 64, 96), {}, ("logits",))
-    _agrees(network, tmp_path, size=True, formats=(to,))
+    assert_agrees(network, tmp_path, size=True, formats=(to,))
 
 
 @pytest.mark.slow

@@ -21,7 +21,9 @@ from vitzoo.tasks.contract import UnreadableSample
 
 RunOf = Callable[[str], Path]
 TASKS = ("classification", "detection", "segmentation")
-THREE_LINES = 'import vitzoo; r = vitzoo.predict("{run}", "photo.png"); r[0].draw()'
+THREE_LINES = (
+    'import vitzoo; r = vitzoo.predict("{run}", "photo.png"); r[0].draw().save("drawn.png")'
+)
 
 
 def _forms(path: Path) -> dict[str, Any]:
@@ -101,6 +103,10 @@ def test_three_lines_as_a_newcomer_types_them(task: str, run_of: RunOf) -> None:
     (work / "runs" / run.name).symlink_to(run)
     (work / "photo.png").symlink_to(run.parent / "photo.png")
     subprocess.run(command, cwd=work, env=env, check=True, timeout=120)
+    # Drawn beside or on the photo: never smaller.
+    with Image.open(work / "drawn.png") as drawn, Image.open(work / "photo.png") as photo:
+        assert drawn.width >= photo.width
+        assert drawn.height >= photo.height
 
 
 def test_what_is_no_image_is_named(run_of: RunOf) -> None:

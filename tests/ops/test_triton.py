@@ -19,7 +19,8 @@ Q = torch.zeros(1, 4, 4, 1, 16)
 def test_import_brings_no_kernels_and_no_optional_package() -> None:
     code = "import sys, vitzoo; assert not [m for m in sys.modules if 'vitzoo.ops._triton' in m]"
     code += "; assert not {'natten', 'xformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU serves them")
@@ -39,7 +40,7 @@ def test_forced_without_a_gpu_says_why(operator: str, options: dict) -> None:
     assert found.select(Q, Q, Q, **options).name != "triton"
 
 
-def run_interpreter(which: str) -> None:
+def assert_interpreter_passes(which: str) -> None:
     """The folder's tests of one marker, in a process of their own: see its conftest."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -59,9 +60,9 @@ def run_interpreter(which: str) -> None:
 
 
 def test_interpreter() -> None:
-    run_interpreter("not slow")
+    assert_interpreter_passes("not slow")
 
 
 @pytest.mark.slow
 def test_interpreter_further_cases() -> None:
-    run_interpreter("slow")
+    assert_interpreter_passes("slow")

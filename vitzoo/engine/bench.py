@@ -193,12 +193,12 @@ def memory_here(measurement: Measurement, side: str) -> int:
 
     torch.set_num_threads(measurement.threads)
     run = _step(measurement, getattr(measurement, side))
-    before = _resident_peak()
+    before = resident_peak()
     run()
-    return _resident_peak() - before
+    return resident_peak() - before
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
     """Largest resident size of this process so far, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():

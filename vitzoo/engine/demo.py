@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ class Demo:
         self.task: Any = load(given, values)
         if self.task.endings:
             raise InputError(f"{given} does not take photos")
+        # A click looks into the model on the CPU, an upload uses it where it is.
+        on_cpu = self.task.device.type == "cpu"
+        self._model = self.task.model if on_cpu else copy.deepcopy(self.task.model).cpu()
         # The layers that a click can ask for; None if the model is not a classifier.
         self.layers = self._layers() if hasattr(self.task, "transform") else None
 
@@ -45,14 +49,13 @@ class Demo:
         if image is None:
             return None
         picture, pixels = as_seen(self.task, image.convert("RGB"))
-        model = self.task.model.cpu()
-        return draw_keys(picture, keys_in_image(model, pixels, query=(y, x), layer=layer))
+        keys = keys_in_image(self._model, pixels, query=(y, x), layer=layer)
+        return draw_keys(picture, keys)
 
     def _layers(self) -> list[str]:
         channels, height, width = self.task.data_config()["input_size"]
-        model = self.task.model.cpu()
-        with record_layers(model, (height, width)) as layers, torch.no_grad():
-            model(torch.zeros(1, channels, height, width))
+        with record_layers(self._model, (height, width)) as layers, torch.no_grad():
+            self._model(torch.zeros(1, channels, height, width))
         return [layer.name for layer in layers]
 
 

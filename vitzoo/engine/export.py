@@ -19,6 +19,7 @@ from vitzoo._paths import write_atomically
 from vitzoo.engine.evaluate import Source, open_source
 from vitzoo.engine.graphs import QUANTIZED, SUFFIXES, run_graph, write_detector, write_graph
 from vitzoo.engine.parity import accuracy, compare, race
+from vitzoo.engine.predict import ready
 from vitzoo.engine.traced import Network, network_of, trace
 from vitzoo.errors import InputError
 from vitzoo.tasks import Task
@@ -110,7 +111,7 @@ def export(
     """
     _check(to, dynamic, half=half, int8=int8)
     source = open_source(given, values)
-    task = _opened(source)
+    task = ready(source, torch.device("cpu"))
     network = network_of(task, source.recipe.task, features=features)
     _check_limits(source, dynamic)
     if not network.batched:
@@ -137,18 +138,6 @@ def export(
     }
     write_atomically(result.sidecar, (json.dumps(facts, indent=2, default=str) + "\n").encode())
     return result
-
-
-def _opened(source: Source) -> Task:
-    """The task with its labels and its model on the CPU."""
-    task = source.task()
-    if source.weights is None:
-        from vitzoo.engine.predict import imagenet_labels
-
-        config = timm.get_pretrained_cfg(source.title)
-        task.labels = imagenet_labels(config.num_classes if config else 1000)
-    source.load_model(task, torch.device("cpu"))
-    return task
 
 
 def _run_again(

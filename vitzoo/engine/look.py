@@ -150,10 +150,9 @@ def _opened(given: str, values: Sequence[str]) -> Any:
     """A classification task with its model on the CPU."""
     from vitzoo.engine.predict import load
 
-    task: Any = load(given, values)
+    task: Any = load(given, values, device=torch.device("cpu"))
     if not hasattr(task, "transform"):
         raise InputError(f"{given} does not take one image")
-    task.model.cpu().eval()
     return task
 
 

@@ -31,26 +31,31 @@ PRINTED = 100
 DRAWN = 64
 
 
-def load(model_or_run: Any, values: Sequence[str] = ()) -> Task:
+def load(
+    model_or_run: Any, values: Sequence[str] = (), *, device: torch.device | None = None
+) -> Task:
     """A task whose `predict` is ready.
 
     Args:
         model_or_run: a run (folder or name), a weights file, a model's `NAME.TAG`, or a timm model
             in memory.
         values: recipe values, such as `data.size=288`.
+        device: where the model goes; the machine's accelerator, if it has one, unless told. One in
+            memory stays where it is.
 
     Raises:
         InputError: nothing of that name, or weights that do not fit.
     """
     if isinstance(model_or_run, nn.Module):
         return _task_of_module(model_or_run, values)
-    return _ready(open_source(str(model_or_run), values))
+    return ready(open_source(str(model_or_run), values), device)
 
 
-def _ready(source: Source) -> Task:
-    """The task of a source with its labels and model."""
-    own = torch.accelerator.current_accelerator(check_available=True)
-    device = torch.device("cpu") if own is None or source.recipe.run.device == "cpu" else own
+def ready(source: Source, device: torch.device | None = None) -> Task:
+    """The task of a source with its labels and model, on `device` as in `load`."""
+    if device is None:
+        own = torch.accelerator.current_accelerator(check_available=True)
+        device = torch.device("cpu") if own is None or source.recipe.run.device == "cpu" else own
     task = source.task()
     if source.weights is None:
         task.labels = _labels_of(source)
@@ -156,7 +161,7 @@ def predict_files(
     source = open_source(given, values)
     if source.weights is None:
         source.classes()
-    task = _ready(source)
+    task = ready(source)
     facts: list[dict[str, Any]] = []
     shown: list[Prediction] = []
     skipped: list[str] = []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend
+from vitzoo.ops._onednn import records_gradient
 from vitzoo.ops._proven import why_not_proven
 
 _WIDEST_HEAD = 64
@@ -100,9 +101,7 @@ def triton_backend(operator: str, why_not: Callable[..., str | None] | None = No
             return "Triton's interpreter is for tests."
         given = [q, *args, *kwargs.values()]
         flat = [x for y in given for x in (y if isinstance(y, tuple) else (y,))]
-        needs_grad = torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in flat
-        )
+        needs_grad = records_gradient(*(x for x in flat if isinstance(x, Tensor)))
         return why_not_proven(operator, _dtype(q), needs_grad, q.device.index or 0)
 
     return Backend("triton", run, objection, skip)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend
+from vitzoo.ops._onednn import records_gradient
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -64,7 +65,7 @@ def _why_not_natten(
         if q.shape[-1] % 8 or v.shape[-1] % 8:
             return f"natten takes multiples of 8 as head_dim, got {q.shape[-1]} and {v.shape[-1]}."
         return None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if records_gradient(q, k, v):
         return f"natten gives no gradients on {q.device.type}."
     d = q.shape[-1]
     if d != v.shape[-1] or d < 8 or d & (d - 1):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._half import slow_products, widened
+from vitzoo.ops._onednn import records_gradient
 from vitzoo.ops._sides import exporting
 from vitzoo.ops.attention_weights import attention_weights_reference
 
@@ -39,7 +40,11 @@ def attention_portable(
     scale: float | None = None,
 ) -> Tensor:
     """torch's scaled_dot_product_attention, written out where its backward on the CPU is slow."""
-    if q.device.type == "cpu" and not torch.compiler.is_compiling() and _learns(q, k, v, bias):
+    if (
+        q.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and records_gradient(q, k, v, bias)
+    ):
         if slow_products(q):
             return widened(attention_portable, q, k, v, bias=bias, mask=mask, scale=scale)
         learned_bias = bias is not None and bias.requires_grad
@@ -59,10 +64,6 @@ def attention_portable(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attend, scale=scale
     )
     return out.transpose(1, 2)
-
-
-def _learns(*given: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
 
 
 def _minus_infinity(mask: Tensor) -> Tensor:

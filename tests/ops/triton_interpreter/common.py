@@ -14,7 +14,7 @@ def surrounded(x: Tensor) -> Tensor:
     return F.pad(x, pads, value=float("nan"))[inside]
 
 
-def half_precision_agrees(results: dict[str, list[Tensor]], exact: list[Tensor]) -> None:
+def assert_half_precision_agrees(results: dict[str, list[Tensor]], exact: list[Tensor]) -> None:
     """Errors against float32 are at most twice those of the reference in half precision."""
     for found, plain, wanted in zip(results["triton"], results["reference"], exact, strict=True):
         error, usual = ((x.float() - wanted).abs().max().item() for x in (found, plain))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.golden_cases import draw_input, draw_weight, load_case
 from tests.ops.comparison import assert_backend_agrees, random_tensors
-from tests.ops.triton_interpreter.common import half_precision_agrees, surrounded
+from tests.ops.triton_interpreter.common import assert_half_precision_agrees, surrounded
 from vitzoo.ops import OPERATORS, halo_attention, neighborhood_attention, window_attention
 
 # map, window, shift, bias, fill, head_dim of q and of v
@@ -140,7 +140,7 @@ def test_float16_is_as_good_as_the_plain_path() -> None:
         out = neighborhood_attention(*leaves[:3], kernel_size=7, bias=leaves[3], backend=backend)
         ramp = torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype)
         results[name] = [out.detach(), *torch.autograd.grad((out * ramp).sum(), leaves)]
-    half_precision_agrees(results, results["exact"])
+    assert_half_precision_agrees(results, results["exact"])
 
 
 def test_log_sum_exp_and_its_gradient() -> None:

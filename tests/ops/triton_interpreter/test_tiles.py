@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.comparison import assert_backend_agrees, random_tensors
-from tests.ops.triton_interpreter.common import half_precision_agrees, surrounded
+from tests.ops.triton_interpreter.common import assert_half_precision_agrees, surrounded
 from vitzoo.ops import OPERATORS, grouped_attention, routed_attention
 
 # images, map, map of keys, grid, regions chosen, heads, head_dim of q and of v
@@ -77,7 +77,7 @@ def test_float16_is_as_good_as_the_plain_path() -> None:
         out = routed_attention(*leaves, backend=backend, **options)
         ramp = torch.linspace(-1, 1, out.numel()).view_as(out).to(dtype)
         results[name] = [out.detach(), *torch.autograd.grad((out * ramp).sum(), leaves)]
-    half_precision_agrees(results, results["exact"])
+    assert_half_precision_agrees(results, results["exact"])
 
 
 def test_log_sum_exp_and_its_gradient() -> None:

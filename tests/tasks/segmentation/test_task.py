@@ -281,4 +281,6 @@ def test_recipes_build(name: str) -> None:
     task = SegmentationTask(recipe.options)
     task.labels = tuple("ab")
     with torch.device("meta"):
-        task.build_model(pretrained=False)
+        model = task.build_model(pretrained=False)
+        out = model.eval()(torch.zeros(1, 3, 64, 96))
+    assert out.shape == (1, 2, 64, 96)

@@ -30,6 +30,11 @@ def _rectangles(
     )
 
 
+def _results(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Memory of an attention's output and log-sum-exp; also what a compiler takes them to be."""
+    return q.new_empty(*q.shape[:4], v.shape[-1]), q.new_empty(q.shape[:4], dtype=torch.float32)
+
+
 @torch.library.custom_op("vitzoo::rectangles", mutates_args=())
 def rectangles(
     q: Tensor,
@@ -46,16 +51,13 @@ def rectangles(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, W, heads, head_dim of v) and log-sum-exp (B, H, W, heads)."""
     r = _rectangles(axes, neighbors, bias, rows, k_fill)
-    out = q.new_empty(*q.shape[:4], v.shape[-1])
-    lse = q.new_empty(q.shape[:4], dtype=torch.float32)
+    out, lse = _results(q, k, v)
     extras = (bias, rows, columns, k_fill, v_fill)
     launch.forward(r, q, k, v, extras, out, lse, scale).run(q.device)
     return out, lse
 
 
-@rectangles.register_fake
-def _(q, k, v, *_: Any):  # type: ignore[no-untyped-def]
-    return q.new_empty(*q.shape[:4], v.shape[-1]), q.new_empty(q.shape[:4], dtype=torch.float32)
+rectangles.register_fake(_results)
 
 
 @torch.library.custom_op("vitzoo::rectangles_backward", mutates_args=())
@@ -170,16 +172,13 @@ def tiles(
     which `grid[1]` is the most.
     """
     t = _tiles(q, k, lists, bounds, grid)
-    out = q.new_empty(*q.shape[:4], v.shape[-1])
-    lse = q.new_empty(q.shape[:4], dtype=torch.float32)
+    out, lse = _results(q, k, v)
     tables = [lists if x is None else x for x in (lists, bounds, reach)]
     tile_launch.forward(t, (q, k, v), tables, out, lse, scale).run(q.device)
     return out, lse
 
 
-@tiles.register_fake
-def _(q, k, v, *_: Any):  # type: ignore[no-untyped-def]
-    return q.new_empty(*q.shape[:4], v.shape[-1]), q.new_empty(q.shape[:4], dtype=torch.float32)
+tiles.register_fake(_results)
 
 
 @torch.library.custom_op("vitzoo::tiles_backward", mutates_args=())
