@@ -19,7 +19,7 @@ def _run(recipe: str, folder: str, classes: list[int], *values: str) -> Any:
 
 def transfers(recipe: str) -> dict[str, Any]:
     """Train on classes 0-4; then on few images of 5-9, from there and from nothing."""
-    budget = ["data.train_first=500", "schedule.epochs=3", "schedule.warmup_epochs=0"]
+    budget = ["data.train_first=200", "schedule.epochs=5", "schedule.warmup_epochs=0"]
     with tempfile.TemporaryDirectory() as folder:
         first = _run(recipe, f"{folder}/first", FIRST, "data.train_first=2000", "schedule.epochs=5")
         start = f"model.checkpoint={Path(first.folder.weights)}"

@@ -8,11 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.engine.narrow import NARROW, narrow
 from tests.golden_cases import load_case, pretrained
 from tests.zoo.test_convert import CASES
+from vitzoo.engine.evaluate import evaluate
 from vitzoo.engine.recipe import merge
 from vitzoo.engine.train import train
 from vitzoo.errors import InputError
+from vitzoo.tasks import task_class
 from vitzoo.tasks.images import ArraySource, some_classes
 
 # Golden case with the authors' names -> side to fine-tune at, which is not the trained one.
@@ -72,3 +75,27 @@ def test_some_classes_are_renumbered() -> None:
     assert [some.image(i)[1] for i in range(len(some))] == [0, 1, 0, 1]
     with pytest.raises(InputError, match="0 to 2"):
         some_classes(source, [3])
+
+
+def test_a_run_on_other_classes_lends_all_but_its_classifier(tmp_path: Path) -> None:
+    file = train(narrow(tmp_path, "run.name=first", "data.classes=[0,1]")).folder.weights
+    start = f"model.checkpoint={file}"
+    left = load_file(file)
+
+    def start_of(classes: str) -> dict[str, torch.Tensor]:
+        task = task_class("classification")(
+            narrow(tmp_path, start, f"data.classes={classes}").options
+        )
+        task.labels = task.build_data().labels
+        return task.build_model().state_dict()
+
+    for classes, lent in (("[0,1]", True), ("[1,0]", False), ("[2,3]", False)):
+        found = start_of(classes)
+        assert torch.equal(found["head.fc.weight"], left["head.fc.weight"]) == lent
+        assert all(torch.equal(v, left[k]) for k, v in found.items() if not k.startswith("head.fc"))
+    architecture = [f"model.args.{key}={value}" for key, value in NARROW["model"]["args"].items()]
+    with pytest.raises(InputError, match="other classes"):
+        evaluate(
+            "vz_davit_tiny",
+            [*architecture, start, "data.name=sklearn/digits", "data.classes=[2,3]"],
+        )

@@ -19,7 +19,7 @@ from vitzoo.engine.runfolder import RunFolder, find_run
 from vitzoo.engine.train import make_accelerator
 from vitzoo.errors import InputError
 from vitzoo.tasks import Task, task_class
-from vitzoo.tasks._models import ELSEWHERE, classes_in, config_of, known_name
+from vitzoo.tasks._models import ELSEWHERE, classes_in, config_of, has_other_labels, known_name
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,9 @@ class Source:
             if known != len(task.labels):
                 # timm would replace the classifier with a random one.
                 raise InputError(f"{self.title} knows {known} classes, not {len(task.labels)}")
+            file = options.checkpoint and Path(options.checkpoint).expanduser()
+            if file and has_other_labels(file, task.labels):
+                raise InputError(f"{file} was trained for other classes than the data's")
         model = task.build_model(pretrained=self.weights is None)
         if self.weights is not None:
             try:

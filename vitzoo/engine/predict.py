@@ -16,13 +16,12 @@ from timm.data.readers import get_img_extensions
 from torch import nn
 
 from vitzoo._paths import write_atomically
-from vitzoo.engine import checkpoint
 from vitzoo.engine.evaluate import Source, open_source, writable
 from vitzoo.engine.recipe import merge
 from vitzoo.engine.report import console
 from vitzoo.errors import InputError
 from vitzoo.tasks import Prediction, Task, UnreadableSample, task_class
-from vitzoo.tasks._models import config_of
+from vitzoo.tasks._models import config_of, labels_in
 from vitzoo.tasks.results import contact_sheet
 
 logger = logging.getLogger("vitzoo.data")
@@ -68,9 +67,7 @@ def _labels_of(source: Source) -> tuple[str, ...]:
     options, count = source.recipe.options.model, source.known_classes()
     stored: Sequence[str] | None = None
     if options.checkpoint is not None:
-        file = Path(options.checkpoint).expanduser()
-        if file.suffix == ".safetensors" and checkpoint.is_ours(file):
-            stored = checkpoint.read(file).facts.get("labels")
+        stored = labels_in(Path(options.checkpoint).expanduser())
     elif (config := config_of(options.name)) is not None:
         stored = config.label_names
     return tuple(stored) if stored and len(stored) == count else imagenet_labels(count)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,9 +16,6 @@ from vitzoo.ops._onednn import records_gradient
 from vitzoo.ops._proven import why_not_proven
 
 _WIDEST_HEAD = 64
-# 3.6 hands a tuple within a tuple of constants over as plain numbers; between them none was tried.
-_COMPILES_RECTANGLES = (3, 9)
-_RECTANGLES = ("window_attention", "halo_attention", "neighborhood_attention")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,21 +29,10 @@ def _interpreted() -> bool:
     return _settings()[1]
 
 
-@torch.compiler.assume_constant_result
-def _release() -> tuple[int, ...]:
-    return _settings()[2]
-
-
 @lru_cache(maxsize=1)
-def _settings() -> tuple[bool, bool, tuple[int, ...]]:
-    """Whether Triton is installed, whether its interpreter is asked for (CPU, very slow), release.
-
-    The release is (major, minor).
-    """
-    if find_spec("triton") is None:
-        return False, False, (0, 0)
-    release = tuple(int(part) for part in version("triton").split(".")[:2])
-    return True, os.environ.get("TRITON_INTERPRET") == "1", release
+def _settings() -> tuple[bool, bool]:
+    """Whether Triton is installed, whether its interpreter is asked for (CPU, very slow)."""
+    return find_spec("triton") is not None, os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def lanes(dtype: torch.dtype) -> int:
@@ -90,10 +75,6 @@ def triton_backend(operator: str, why_not: Callable[..., str | None] | None = No
         reason = why_not_triton(q, k, v)
         if reason is None and why_not is not None:
             reason = why_not(q, k, v, *args, **kwargs)
-        # The interpreter of older releases runs what their compiler does not compile.
-        too_old = operator in _RECTANGLES and _release() < _COMPILES_RECTANGLES
-        if reason is None and too_old and not _interpreted():
-            reason = f"its kernel compiles from triton 3.9, here is {version('triton')}."
         return reason
 
     def skip(q: Tensor, *args: Any, **kwargs: Any) -> str | None:

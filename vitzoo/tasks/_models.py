@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, group_parameters
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
@@ -29,7 +31,8 @@ class ModelOptions:
             or `hf-hub:ORG/NAME` with what `vitzoo weights convert` writes.
         pretrained: start from the published weights; the classifier is new where the class count
             differs.
-        checkpoint: start from this file instead, in the zoo's, timm's or the authors' format.
+        checkpoint: start from this file instead, in the zoo's, timm's or the authors' format; the
+            classifier is new where the count differs, or the class names that a run's file holds.
         num_classes: only to demand a count; the data set's own if None.
         in_chans: image channels, 1 or 3.
         drop_rate, drop_path_rate: dropout before the classifier, stochastic depth.
@@ -105,12 +108,12 @@ def known_name(name: str, *, elsewhere: bool = False) -> str:
     return name
 
 
-def create_model(options: ModelOptions, num_classes: int, *, pretrained: bool) -> nn.Module:
+def create_model(options: ModelOptions, labels: Sequence[str], *, pretrained: bool) -> nn.Module:
     """Build the model of a recipe.
 
     Args:
         options: the recipe's section.
-        num_classes: outputs of the classifier.
+        labels: class names, one for each output of the classifier.
         pretrained: whether to load the weights that the section names.
 
     Raises:
@@ -129,15 +132,15 @@ def create_model(options: ModelOptions, num_classes: int, *, pretrained: bool) -
     try:
         if load and options.checkpoint is not None:
             overlay: dict[str, Any] = {"file": str(path)}
-            if classes_in(path, options.name) == num_classes:
-                # timm drops a head unless the file is said to have the model's class count.
-                overlay["num_classes"] = num_classes
+            # timm drops a head unless the file is said to have the model's class count.
+            if classes_in(path, options.name) == len(labels) and not has_other_labels(path, labels):
+                overlay["num_classes"] = len(labels)
             arguments["pretrained_cfg_overlay"] = overlay
         with plain_arguments():
             model = timm.create_model(
                 options.name,
                 pretrained=load,
-                num_classes=num_classes,
+                num_classes=len(labels),
                 in_chans=options.in_chans,
                 **arguments,
             )
@@ -164,6 +167,23 @@ def classes_in(path: Path, name: str) -> int | None:
     """
     config = config_of(name)
     return formats.classes_in(formats.read_weights(path), config.classifier if config else None)
+
+
+def labels_in(path: Path) -> tuple[str, ...] | None:
+    """The class names that a run wrote into its weights file; None in any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    stored = json.loads(metadata.get("vitzoo", "{}")).get("labels")
+    return tuple(stored) if stored else None
+
+
+def has_other_labels(path: Path, labels: Sequence[str]) -> bool:
+    """Whether a run wrote the file for other classes than these, or for these in another order."""
+    stored = labels_in(path)
+    return stored is not None and stored != tuple(labels)
 
 
 def backbone_weights(options: Any, *, pretrained: bool) -> tuple[bool, dict[str, Any]]:

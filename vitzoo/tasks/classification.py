@@ -174,7 +174,7 @@ class ClassificationTask(Task):
     def build_model(self, *, pretrained: bool = True) -> nn.Module:
         """timm's model with a classifier for `self.labels`, frozen as the recipe says."""
         options = self.options.model
-        model = create_model(options, len(self.labels), pretrained=pretrained)
+        model = create_model(options, self.labels, pretrained=pretrained)
         self._frozen = freeze(
             model, stages=options.frozen_stages, linear_probe=options.linear_probe
         )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vitzoo.attention.connectivity import Connectivity
 from vitzoo.backbones.sparsifiner import Details, Phase, Sparsifiner
 from vitzoo.errors import InputError
-from vitzoo.tasks._models import classes_in, create_model
+from vitzoo.tasks._models import classes_in, create_model, has_other_labels
 from vitzoo.tasks.classification import ClassificationOptions, ClassificationTask
 from vitzoo.tasks.contract import Batch
 
@@ -201,14 +201,17 @@ class SparsifinerTask(ClassificationTask):
         if not any(term in _OF_TEACHER for term in self._weights):
             return None
         distill, count = self.options.distill, len(self.labels)
+        file = distill.teacher_checkpoint and Path(distill.teacher_checkpoint).expanduser()
         name = distill.teacher or self.options.model.name
-        if distill.teacher_checkpoint is None:
+        if file:
+            classes = classes_in(file, name)
+        else:
             config = timm.get_pretrained_cfg(name)
             classes = None if config is None else config.num_classes
-        else:
-            classes = classes_in(Path(distill.teacher_checkpoint).expanduser(), name)
         if classes is not None and classes != count:
             raise InputError(f"the teacher knows {classes} classes, the data has {count}")
+        if file and has_other_labels(file, self.labels):
+            raise InputError(f"the teacher {file} was trained for other classes than the data's")
         options = replace(
             self.options.model,
             name=name,
@@ -220,7 +223,7 @@ class SparsifinerTask(ClassificationTask):
             grad_checkpointing=False,
             compile=False,
         )
-        teacher = create_model(options, count, pretrained=True)
+        teacher = create_model(options, self.labels, pretrained=True)
         return teacher.eval().requires_grad_(False).to(self.device)
 
     def train_mode(self) -> None:

@@ -56,7 +56,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Rectangles:
-    """Units of one call: `rectangles.AXES` for rows and columns, and the kind of bias."""
+    """Units of one call: `rectangles.AXIS_Y` and `AXIS_X`, and the kind of bias."""
 
     axes: tuple[Axis, Axis]
     neighbors: bool
@@ -150,7 +150,8 @@ def _tile(r: Rectangles, q: Tensor) -> dict[str, Any]:
     sub = sub_rectangle(r.sides(of_keys=False), most)
     keys = min(most, power_of_two(r.axes[0][5] * r.pitch))
     return {
-        "AXES": r.axes,
+        "AXIS_Y": r.axes[0],
+        "AXIS_X": r.axes[1],
         "SUB": sub,
         "PITCH": r.pitch,
         "BLOCK_M": power_of_two(sub[0] * sub[1]),
@@ -287,7 +288,8 @@ def keys(
     most = per_axis[0] * per_axis[1]
     block = min(lanes(q.dtype), power_of_two(most))
     constants = {
-        "AXES": r.axes,
+        "AXIS_Y": r.axes[0],
+        "AXIS_X": r.axes[1],
         "SUB": sub,
         "NEIGHBORS": r.neighbors,
         "BIAS": r.bias,

@@ -1,10 +1,11 @@
 """Kernels for queries and keys that are rectangles of maps: windows, halos, neighborhoods.
 
-A map is cut into units, one rectangle of queries and one of keys each; `AXES` says for each axis:
-(side, step, q_before, k_before, reach, span, kernel, dilation, key_before). In a grid of blocks,
-unit u holds `side` queries from u * side - q_before and `span` keys from u * step - k_before; keys
-further than `reach` outside the map do not exist. With NEIGHBORS, u counts tiles of `side` members
-within the `dilation` classes, and a query attends to the `kernel` members around it.
+A map is cut into units, one rectangle of queries and one of keys each. `AXIS_Y`, `AXIS_X` say for
+rows and columns: (side, step, q_before, k_before, reach, span, kernel, dilation, key_before); two
+flat tuples, because triton 3.6 takes none inside another. In a grid of blocks, unit u holds `side`
+queries from u * side - q_before and `span` keys from u * step - k_before; keys further than `reach`
+outside the map do not exist. With NEIGHBORS, u counts tiles of `side` members within the `dilation`
+classes, and a query attends to the `kernel` members around it.
 
 `sizes` is (heads, query rows and columns, key rows and columns, units down and across, key lanes of
 a unit): loops end at an argument, because short loops with a known end are unrolled and then spill.
@@ -83,7 +84,7 @@ def split_program(pid, sizes, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, SUB: t
 @triton.jit
 def logits_of(
     q, k, bias, bias_strides, terms, head, at_q, at_k, unit_q, unit_k, ends, exists, scale,
-    AXES: tl.constexpr, NEIGHBORS: tl.constexpr, BIAS: tl.constexpr,
+    AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr, NEIGHBORS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Logits in base 2 of queries (rows) against keys; -inf for pairs that do not meet.
 
@@ -91,16 +92,16 @@ def logits_of(
     bias; terms the (row, column) terms of an axial bias, spread over the pairs.
     """
     logits = product(q, tl.trans(k)) * (scale * LOG2_E)
-    met = exists & meets(at_q[0][:, None], at_k[0][None, :], ends[0], AXES[0], NEIGHBORS)
-    met = met & meets(at_q[1][:, None], at_k[1][None, :], ends[1], AXES[1], NEIGHBORS)
+    met = exists & meets(at_q[0][:, None], at_k[0][None, :], ends[0], AXIS_Y, NEIGHBORS)
+    met = met & meets(at_q[1][:, None], at_k[1][None, :], ends[1], AXIS_X, NEIGHBORS)
     if BIAS == DENSE:
         at = unit_q[:, None] * bias_strides[1] + unit_k[None, :] * bias_strides[2]
         found = tl.load(bias + head * bias_strides[0] + at, mask=met, other=0.0)
         logits += found.to(tl.float32) * LOG2_E
     if BIAS == TABLE:
-        y = at_k[0][None, :] - at_q[0][:, None] + AXES[0][6] - 1
-        x = at_k[1][None, :] - at_q[1][:, None] + AXES[1][6] - 1
-        at = (head * (2 * AXES[0][6] - 1) + y) * (2 * AXES[1][6] - 1) + x
+        y = at_k[0][None, :] - at_q[0][:, None] + AXIS_Y[6] - 1
+        x = at_k[1][None, :] - at_q[1][:, None] + AXIS_X[6] - 1
+        at = (head * (2 * AXIS_Y[6] - 1) + y) * (2 * AXIS_X[6] - 1) + x
         found = tl.load(bias + at, mask=met, other=0.0)
         logits += found.to(tl.float32) * LOG2_E
     if BIAS == AXIAL:
@@ -111,25 +112,26 @@ def logits_of(
 @triton.jit
 def query_tile(
     unit_y, unit_x, sub_y, sub_x, sizes,
-    AXES: tl.constexpr, SUB: tl.constexpr, NEIGHBORS: tl.constexpr, BLOCK: tl.constexpr,
+    AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr,
+    SUB: tl.constexpr, NEIGHBORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The queries of one tile of a unit.
 
     Returns:
         ((first keys), (ends), (classes)), (members), (map positions), valid, number in the unit.
     """
-    first_y, end_y, class_y = query_axis(unit_y, sizes[1], AXES[0], NEIGHBORS)
-    first_x, end_x, class_x = query_axis(unit_x, sizes[2], AXES[1], NEIGHBORS)
+    first_y, end_y, class_y = query_axis(unit_y, sizes[1], AXIS_Y, NEIGHBORS)
+    first_x, end_x, class_x = query_axis(unit_x, sizes[2], AXIS_X, NEIGHBORS)
     lanes = tl.arange(0, BLOCK)
     i_y = sub_y + lanes // SUB[1]
     i_x = sub_x + lanes % SUB[1]
     y, x = first_y + i_y, first_x + i_x
-    valid = (lanes < SUB[0] * SUB[1]) & (i_y < AXES[0][0]) & (i_x < AXES[1][0])
+    valid = (lanes < SUB[0] * SUB[1]) & (i_y < AXIS_Y[0]) & (i_x < AXIS_X[0])
     valid = valid & (y >= 0) & (y < end_y) & (x >= 0) & (x < end_x)
-    keys_y = key_axis(unit_y, first_y, end_y, AXES[0], NEIGHBORS)
-    keys_x = key_axis(unit_x, first_x, end_x, AXES[1], NEIGHBORS)
-    at = (class_y + y * AXES[0][7], class_x + x * AXES[1][7])
-    inside = i_y * AXES[1][0] + i_x
+    keys_y = key_axis(unit_y, first_y, end_y, AXIS_Y, NEIGHBORS)
+    keys_x = key_axis(unit_x, first_x, end_x, AXIS_X, NEIGHBORS)
+    at = (class_y + y * AXIS_Y[7], class_x + x * AXIS_X[7])
+    inside = i_y * AXIS_X[0] + i_x
     unit = ((keys_y, keys_x), (end_y, end_x), (class_y, class_x))
     return unit, (y, x), at, valid, inside
 
@@ -137,7 +139,8 @@ def query_tile(
 @triton.jit
 def key_chunk(
     start, firsts, ends, classes, sizes,
-    AXES: tl.constexpr, PITCH: tl.constexpr, NEIGHBORS: tl.constexpr, BLOCK: tl.constexpr,
+    AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr,
+    PITCH: tl.constexpr, NEIGHBORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Keys `start` to `start + BLOCK` of a unit whose rows are PITCH apart.
 
@@ -147,22 +150,23 @@ def key_chunk(
     lanes = start + tl.arange(0, BLOCK)
     j_y, j_x = lanes // PITCH, lanes % PITCH
     y, x = firsts[0] + j_y, firsts[1] + j_x
-    within = (j_y < AXES[0][5]) & (j_x < AXES[1][5])
+    within = (j_y < AXIS_Y[5]) & (j_x < AXIS_X[5])
     if NEIGHBORS:
         inside = within & (y < ends[0]) & (x < ends[1])
         exists = inside
     else:
         inside = within & (y >= 0) & (y < sizes[3]) & (x >= 0) & (x < sizes[4])
-        exists = within & (y >= -AXES[0][4]) & (y < sizes[3] + AXES[0][4])
-        exists = exists & (x >= -AXES[1][4]) & (x < sizes[4] + AXES[1][4])
-    at = (classes[0] + y * AXES[0][7], classes[1] + x * AXES[1][7])
+        exists = within & (y >= -AXIS_Y[4]) & (y < sizes[3] + AXIS_Y[4])
+        exists = exists & (x >= -AXIS_X[4]) & (x < sizes[4] + AXIS_X[4])
+    at = (classes[0] + y * AXIS_Y[7], classes[1] + x * AXIS_X[7])
     return (j_y, j_x), (y, x), at, exists, inside
 
 
 @triton.jit
 def unit_keys(
     start, unit, image, head, maps, strides, constants, sizes,
-    AXES: tl.constexpr, PITCH: tl.constexpr, NEIGHBORS: tl.constexpr, FILL: tl.constexpr,
+    AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr,
+    PITCH: tl.constexpr, NEIGHBORS: tl.constexpr, FILL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +176,7 @@ def unit_keys(
         keys, values, (rows, columns) in the unit, (members), exists, exists outside the map.
     """
     j, member, at, exists, inside = key_chunk(
-        start, unit[0], unit[1], unit[2], sizes, AXES, PITCH, NEIGHBORS, BLOCK
+        start, unit[0], unit[1], unit[2], sizes, AXIS_Y, AXIS_X, PITCH, NEIGHBORS, BLOCK
     )
     k = load_rows(maps[0], offsets(image, at[0], at[1], head, strides[0]), inside, D, BLOCK_D)
     v = load_rows(maps[1], offsets(image, at[0], at[1], head, strides[1]), inside, DV, BLOCK_DV)
@@ -197,13 +201,19 @@ def unit_constants(
 
 @triton.jit
 def query_terms(
-    maps, numbers, valid, AXES: tl.constexpr, BIAS: tl.constexpr, BLOCK_W: tl.constexpr
+    maps,
+    numbers,
+    valid,
+    AXIS_Y: tl.constexpr,
+    AXIS_X: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     """Terms of queries by the row and by the column of a key, if there are."""
     if BIAS == AXIAL:
         return (
-            load_rows(maps[0], numbers * AXES[0][5], valid, AXES[0][5], BLOCK_W),
-            load_rows(maps[1], numbers * AXES[1][5], valid, AXES[1][5], BLOCK_W),
+            load_rows(maps[0], numbers * AXIS_Y[5], valid, AXIS_Y[5], BLOCK_W),
+            load_rows(maps[1], numbers * AXIS_X[5], valid, AXIS_X[5], BLOCK_W),
         )
     else:
         return 0.0, 0.0
@@ -224,7 +234,8 @@ def spread_terms(terms, j, BIAS: tl.constexpr, BLOCK_W: tl.constexpr):
 @triton.jit
 def forward(
     pointers, bias_strides, q_strides, k_strides, v_strides, sizes, scale,
-    AXES: tl.constexpr, SUB: tl.constexpr, PITCH: tl.constexpr, NEIGHBORS: tl.constexpr,
+    AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr,
+    SUB: tl.constexpr, PITCH: tl.constexpr, NEIGHBORS: tl.constexpr,
     BIAS: tl.constexpr, FILL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -233,14 +244,14 @@ def forward(
     maps, term_maps, fills, written = pointers
     q_map, k_map, v_map, bias = maps
     head, image, unit_y, unit_x, sub_y, sub_x = split_program(
-        tl.program_id(0), sizes, AXES[0][0], AXES[1][0], SUB
+        tl.program_id(0), sizes, AXIS_Y[0], AXIS_X[0], SUB
     )
     unit, members, at, valid, unit_q = query_tile(
-        unit_y, unit_x, sub_y, sub_x, sizes, AXES, SUB, NEIGHBORS, BLOCK_M
+        unit_y, unit_x, sub_y, sub_x, sizes, AXIS_Y, AXIS_X, SUB, NEIGHBORS, BLOCK_M
     )
     q = load_rows(q_map, offsets(image, at[0], at[1], head, q_strides), valid, D, BLOCK_D)
     numbers = row_numbers(image, at[0], at[1], head, sizes[0], sizes[1], sizes[2])
-    terms = query_terms(term_maps, numbers, valid, AXES, BIAS, BLOCK_W)
+    terms = query_terms(term_maps, numbers, valid, AXIS_Y, AXIS_X, BIAS, BLOCK_W)
     constants = unit_constants(fills, head, FILL, D, DV, BLOCK_D, BLOCK_DV)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -248,12 +259,12 @@ def forward(
     for start in range(0, sizes[7], BLOCK_N):
         k, v, j, member, exists, _ = unit_keys(
             start, unit, image, head, (k_map, v_map), (k_strides, v_strides), constants, sizes,
-            AXES, PITCH, NEIGHBORS, FILL, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            AXIS_Y, AXIS_X, PITCH, NEIGHBORS, FILL, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         logits = logits_of(
             q, k, bias, bias_strides, spread_terms(terms, j, BIAS, BLOCK_W), head, members, member,
-            unit_q, j[0] * AXES[1][5] + j[1], unit[1], exists[None, :], scale,
-            AXES, NEIGHBORS, BIAS,
+            unit_q, j[0] * AXIS_X[5] + j[1], unit[1], exists[None, :], scale,
+            AXIS_Y, AXIS_X, NEIGHBORS, BIAS,
         )  # fmt: skip
         total, top, out = softmax_step(logits, v, total, top, out)
     out, lse = finish(total, top, out)

@@ -37,7 +37,8 @@ from vitzoo.ops._triton.rectangles import (
 @triton.jit
 def table_step(
     table, d_logits, members, member,
-    AXES: tl.constexpr, SUB: tl.constexpr, PITCH: tl.constexpr, PRECISION: tl.constexpr,
+    AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr,
+    SUB: tl.constexpr, PITCH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the logits' gradients by coordinate difference.
 
@@ -53,8 +54,8 @@ def table_step(
     y = tl.arange(0, SUB[0] * KEY_Y)
     step_x = x % KEY_X - x // KEY_X + (tl.min(member[1], 0) - tl.min(members[1], 0))
     step_y = y % KEY_Y - y // KEY_Y + (tl.min(member[0], 0) - tl.min(members[0], 0))
-    by_x = (step_x + AXES[1][6] - 1)[:, None] == tl.arange(0, table.shape[1])[None, :]
-    by_y = tl.arange(0, table.shape[0])[:, None] == (step_y + AXES[0][6] - 1)[None, :]
+    by_x = (step_x + AXIS_X[6] - 1)[:, None] == tl.arange(0, table.shape[1])[None, :]
+    by_y = tl.arange(0, table.shape[0])[:, None] == (step_y + AXIS_Y[6] - 1)[None, :]
     by_column = tl.dot(pairs, by_x.to(tl.float32), input_precision=PRECISION)
     return table + tl.dot(by_y.to(tl.float32), by_column, input_precision=PRECISION)
 
@@ -97,7 +98,8 @@ def store_shares(written, q, d_out, table, outside, scale, BIAS: tl.constexpr, F
 @triton.jit
 def queries(
     pointers, bias_strides, q_strides, k_strides, v_strides, sizes, scale,
-    AXES: tl.constexpr, SUB: tl.constexpr, PITCH: tl.constexpr, NEIGHBORS: tl.constexpr,
+    AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr,
+    SUB: tl.constexpr, PITCH: tl.constexpr, NEIGHBORS: tl.constexpr,
     BIAS: tl.constexpr, FILL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, PRECISION: tl.constexpr,
@@ -106,16 +108,16 @@ def queries(
     given, saved, written, d_term_maps, shares = pointers
     maps, term_maps, fills = given
     head, image, unit_y, unit_x, sub_y, sub_x = split_program(
-        tl.program_id(0), sizes, AXES[0][0], AXES[1][0], SUB
+        tl.program_id(0), sizes, AXIS_Y[0], AXIS_X[0], SUB
     )
     unit, members, at, valid, unit_q = query_tile(
-        unit_y, unit_x, sub_y, sub_x, sizes, AXES, SUB, NEIGHBORS, BLOCK_M
+        unit_y, unit_x, sub_y, sub_x, sizes, AXIS_Y, AXIS_X, SUB, NEIGHBORS, BLOCK_M
     )
     q = load_rows(maps[0], offsets(image, at[0], at[1], head, q_strides), valid, D, BLOCK_D)
     numbers = row_numbers(image, at[0], at[1], head, sizes[0], sizes[1], sizes[2])
     lse, delta, d_out = rows_of_output(saved, numbers, valid, DV, BLOCK_DV)
     tl.store(written[1] + numbers, delta, mask=valid)
-    terms = query_terms(term_maps, numbers, valid, AXES, BIAS, BLOCK_W)
+    terms = query_terms(term_maps, numbers, valid, AXIS_Y, AXIS_X, BIAS, BLOCK_W)
     constants = unit_constants(fills, head, FILL, D, DV, BLOCK_D, BLOCK_DV)
     d_terms = (tl.zeros([BLOCK_M, BLOCK_W], tl.float32), tl.zeros([BLOCK_M, BLOCK_W], tl.float32))
     outside = (tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32))
@@ -124,25 +126,27 @@ def queries(
     for start in range(0, sizes[7], BLOCK_N):
         k, v, j, member, exists, constant = unit_keys(
             start, unit, image, head, (maps[1], maps[2]), (k_strides, v_strides), constants, sizes,
-            AXES, PITCH, NEIGHBORS, FILL, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            AXIS_Y, AXIS_X, PITCH, NEIGHBORS, FILL, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         logits = logits_of(
             q, k, maps[3], bias_strides, spread_terms(terms, j, BIAS, BLOCK_W), head,
-            members, member, unit_q, j[0] * AXES[1][5] + j[1], unit[1],
-            valid[:, None] & exists[None, :], scale, AXES, NEIGHBORS, BIAS,
+            members, member, unit_q, j[0] * AXIS_X[5] + j[1], unit[1],
+            valid[:, None] & exists[None, :], scale, AXIS_Y, AXIS_X, NEIGHBORS, BIAS,
         )  # fmt: skip
         weights, d_logits = gradient_step(logits, lse, delta, d_out, v)
         total += product(d_logits.to(k.dtype), k)
         if BIAS == AXIAL:
             d_terms = term_step(d_terms, d_logits, j, terms[0])
         if BIAS == TABLE:
-            table = table_step(table, d_logits, members, member, AXES, SUB, PITCH, PRECISION)
+            table = table_step(
+                table, d_logits, members, member, AXIS_Y, AXIS_X, SUB, PITCH, PRECISION
+            )
         if FILL:
             outside = outside_step(outside, weights, d_logits, constant)
     store_rows(written[0], numbers * D, valid, total * scale, D, BLOCK_D)
     if BIAS == AXIAL:
-        store_rows(d_term_maps[0], numbers * AXES[0][5], valid, d_terms[0], AXES[0][5], BLOCK_W)
-        store_rows(d_term_maps[1], numbers * AXES[1][5], valid, d_terms[1], AXES[1][5], BLOCK_W)
+        store_rows(d_term_maps[0], numbers * AXIS_Y[5], valid, d_terms[0], AXIS_Y[5], BLOCK_W)
+        store_rows(d_term_maps[1], numbers * AXIS_X[5], valid, d_terms[1], AXIS_X[5], BLOCK_W)
     store_shares(shares, q, d_out, table, outside, scale, BIAS, FILL)
 
 
@@ -188,7 +192,8 @@ def axial_term(terms, numbers, p_q, p_k, met, AXIS: tl.constexpr):
 @triton.jit
 def keys_of_unit(
     unit_y, unit_x, sub_y, sub_x, sizes,
-    AXES: tl.constexpr, SUB: tl.constexpr, NEIGHBORS: tl.constexpr, BLOCK: tl.constexpr,
+    AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr,
+    SUB: tl.constexpr, NEIGHBORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The keys of one tile, and the rectangle of queries that attend to them.
 
@@ -196,21 +201,23 @@ def keys_of_unit(
         (members), (map positions), held, number in the unit, (ends), (classes), (first queries),
         (one past the last queries).
     """
-    first_y, past_y, end_y, class_y = key_tile(unit_y, sub_y, sizes[3], AXES[0], SUB[0], NEIGHBORS)
-    first_x, past_x, end_x, class_x = key_tile(unit_x, sub_x, sizes[4], AXES[1], SUB[1], NEIGHBORS)
+    first_y, past_y, end_y, class_y = key_tile(unit_y, sub_y, sizes[3], AXIS_Y, SUB[0], NEIGHBORS)
+    first_x, past_x, end_x, class_x = key_tile(unit_x, sub_x, sizes[4], AXIS_X, SUB[1], NEIGHBORS)
     lanes = tl.arange(0, BLOCK)
     y, x = first_y + lanes // SUB[1], first_x + lanes % SUB[1]
     held = (y >= 0) & (y < past_y) & (x >= 0) & (x < past_x)
-    at = (class_y + y * AXES[0][7], class_x + x * AXES[1][7])
-    inside = (sub_y + lanes // SUB[1]) * AXES[1][5] + sub_x + lanes % SUB[1]
-    low_y, high_y = attending(first_y, past_y, end_y, sizes[1], sizes[5], AXES[0], NEIGHBORS)
-    low_x, high_x = attending(first_x, past_x, end_x, sizes[2], sizes[6], AXES[1], NEIGHBORS)
+    at = (class_y + y * AXIS_Y[7], class_x + x * AXIS_X[7])
+    inside = (sub_y + lanes // SUB[1]) * AXIS_X[5] + sub_x + lanes % SUB[1]
+    low_y, high_y = attending(first_y, past_y, end_y, sizes[1], sizes[5], AXIS_Y, NEIGHBORS)
+    low_x, high_x = attending(first_x, past_x, end_x, sizes[2], sizes[6], AXIS_X, NEIGHBORS)
     ends, classes = (end_y, end_x), (class_y, class_x)
     return (y, x), at, held, inside, ends, classes, (low_y, low_x), (high_y, high_x)
 
 
 @triton.jit
-def attending_queries(start, lows, highs, classes, AXES: tl.constexpr, BLOCK: tl.constexpr):
+def attending_queries(
+    start, lows, highs, classes, AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr, BLOCK: tl.constexpr
+):
     """Queries `start` to `start + BLOCK` of a rectangle.
 
     Returns:
@@ -219,18 +226,27 @@ def attending_queries(start, lows, highs, classes, AXES: tl.constexpr, BLOCK: tl
     steps = start + tl.arange(0, BLOCK)
     width = tl.maximum(highs[1] - lows[1], 1)
     y, x = lows[0] + steps // width, lows[1] + steps % width
-    at = (classes[0] + y * AXES[0][7], classes[1] + x * AXES[1][7])
-    in_y, in_x = (y + AXES[0][2]) % AXES[0][0], (x + AXES[1][2]) % AXES[1][0]
-    return (y, x), at, (y < highs[0]) & (x < highs[1]), in_y * AXES[1][0] + in_x
+    at = (classes[0] + y * AXIS_Y[7], classes[1] + x * AXIS_X[7])
+    in_y, in_x = (y + AXIS_Y[2]) % AXIS_Y[0], (x + AXIS_X[2]) % AXIS_X[0]
+    return (y, x), at, (y < highs[0]) & (x < highs[1]), in_y * AXIS_X[0] + in_x
 
 
 @triton.jit
-def terms_of_pairs(maps, numbers, at_q, at_k, exists, AXES: tl.constexpr, BIAS: tl.constexpr):
+def terms_of_pairs(
+    maps,
+    numbers,
+    at_q,
+    at_k,
+    exists,
+    AXIS_Y: tl.constexpr,
+    AXIS_X: tl.constexpr,
+    BIAS: tl.constexpr,
+):
     """Axial terms of pairs, if there are."""
     if BIAS == AXIAL:
         return (
-            axial_term(maps[0], numbers, at_q[0], at_k[0], exists, AXES[0]),
-            axial_term(maps[1], numbers, at_q[1], at_k[1], exists, AXES[1]),
+            axial_term(maps[0], numbers, at_q[0], at_k[0], exists, AXIS_Y),
+            axial_term(maps[1], numbers, at_q[1], at_k[1], exists, AXIS_X),
         )
     else:
         return 0.0, 0.0
@@ -239,7 +255,7 @@ def terms_of_pairs(maps, numbers, at_q, at_k, exists, AXES: tl.constexpr, BIAS: 
 @triton.jit
 def keys(
     pointers, bias_strides, q_strides, k_strides, v_strides, sizes, scale, most,
-    AXES: tl.constexpr, SUB: tl.constexpr, NEIGHBORS: tl.constexpr,
+    AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr, SUB: tl.constexpr, NEIGHBORS: tl.constexpr,
     BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, KEY_SIDES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -250,22 +266,24 @@ def keys(
         tl.program_id(0), sizes, KEY_SIDES[0], KEY_SIDES[1], SUB
     )
     member, place, held, unit_k, ends, classes, lows, highs = keys_of_unit(
-        unit_y, unit_x, sub_y, sub_x, sizes, AXES, SUB, NEIGHBORS, BLOCK_N
+        unit_y, unit_x, sub_y, sub_x, sizes, AXIS_Y, AXIS_X, SUB, NEIGHBORS, BLOCK_N
     )
     k = load_rows(k_map, offsets(image, place[0], place[1], head, k_strides), held, D, BLOCK_D)
     v = load_rows(v_map, offsets(image, place[0], place[1], head, v_strides), held, DV, BLOCK_DV)
     total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for start in range(0, most, BLOCK_M):
-        members, at, valid, unit_q = attending_queries(start, lows, highs, classes, AXES, BLOCK_M)
+        members, at, valid, unit_q = attending_queries(
+            start, lows, highs, classes, AXIS_Y, AXIS_X, BLOCK_M
+        )
         q = load_rows(q_map, offsets(image, at[0], at[1], head, q_strides), valid, D, BLOCK_D)
         numbers = row_numbers(image, at[0], at[1], head, sizes[0], sizes[1], sizes[2])
         lse, delta, d_out = rows_of_gradient(saved, numbers, valid, DV, BLOCK_DV)
         exists = valid[:, None] & held[None, :]
-        terms = terms_of_pairs(term_maps, numbers, members, member, exists, AXES, BIAS)
+        terms = terms_of_pairs(term_maps, numbers, members, member, exists, AXIS_Y, AXIS_X, BIAS)
         logits = logits_of(
             q, k, bias, bias_strides, terms, head, members, member, unit_q, unit_k, ends, exists,
-            scale, AXES, NEIGHBORS, BIAS,
+            scale, AXIS_Y, AXIS_X, NEIGHBORS, BIAS,
         )  # fmt: skip
         weights, d_logits = gradient_step(logits, lse, delta, d_out, v)
         total_v += product(tl.trans(weights.to(d_out.dtype)), d_out)
@@ -278,10 +296,10 @@ def keys(
 @triton.jit
 def store_block(
     d_bias, total, head, sub_y, sub_x, start, sizes,
-    AXES: tl.constexpr, SUB: tl.constexpr, PITCH: tl.constexpr,
+    AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr, SUB: tl.constexpr, PITCH: tl.constexpr,
 ):  # fmt: skip
     """This program's block of its slot's (side^2, side^2) gradient of a window's bias."""
-    side: tl.constexpr = AXES[1][0]
+    side: tl.constexpr = AXIS_X[0]
     lanes = tl.arange(0, total.shape[0])
     y, x = sub_y + lanes // SUB[1], sub_x + lanes % SUB[1]
     real = (lanes < SUB[0] * SUB[1]) & (y < side) & (x < side)
@@ -296,7 +314,8 @@ def store_block(
 @triton.jit
 def dense_bias(
     pointers, bias_strides, q_strides, k_strides, v_strides, sizes, scale, count,
-    AXES: tl.constexpr, SUB: tl.constexpr, PITCH: tl.constexpr, FILL: tl.constexpr,
+    AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr,
+    SUB: tl.constexpr, PITCH: tl.constexpr, FILL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -307,7 +326,7 @@ def dense_bias(
     maps, fills, saved, d_bias = pointers
     q_map, k_map, v_map, bias = maps
     head, _image, _y, _x, sub_y, sub_x = split_program(
-        tl.program_id(0), sizes, AXES[0][0], AXES[1][0], SUB
+        tl.program_id(0), sizes, AXIS_Y[0], AXIS_X[0], SUB
     )
     start = tl.program_id(1) * BLOCK_N
     constants = unit_constants(fills, head, FILL, D, DV, BLOCK_D, BLOCK_DV)
@@ -317,21 +336,21 @@ def dense_bias(
         image = number // (sizes[5] * sizes[6])
         unit, members, at, valid, unit_q = query_tile(
             number // sizes[6] % sizes[5], number % sizes[6], sub_y, sub_x, sizes,
-            AXES, SUB, False, BLOCK_M,
+            AXIS_Y, AXIS_X, SUB, False, BLOCK_M,
         )  # fmt: skip
         k, v, j, member, exists, _ = unit_keys(
             start, unit, image, head, (k_map, v_map), (k_strides, v_strides), constants, sizes,
-            AXES, PITCH, False, FILL, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            AXIS_Y, AXIS_X, PITCH, False, FILL, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         q = load_rows(q_map, offsets(image, at[0], at[1], head, q_strides), valid, D, BLOCK_D)
         numbers = row_numbers(image, at[0], at[1], head, sizes[0], sizes[1], sizes[2])
         lse, delta, d_out = rows_of_gradient(saved, numbers, valid, DV, BLOCK_DV)
         logits = logits_of(
             q, k, bias, bias_strides, (0.0, 0.0), head, members, member, unit_q,
-            j[0] * AXES[1][0] + j[1], unit[1], valid[:, None] & exists[None, :], scale,
-            AXES, False, DENSE,
+            j[0] * AXIS_X[0] + j[1], unit[1], valid[:, None] & exists[None, :], scale,
+            AXIS_Y, AXIS_X, False, DENSE,
         )  # fmt: skip
         _weights, d_logits = gradient_step(logits, lse, delta, d_out, v)
         total += d_logits
         number += tl.num_programs(2)
-    store_block(d_bias, total, head, sub_y, sub_x, start, sizes, AXES, SUB, PITCH)
+    store_block(d_bias, total, head, sub_y, sub_x, start, sizes, AXIS_Y, AXIS_X, SUB, PITCH)
