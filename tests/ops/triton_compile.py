@@ -149,9 +149,8 @@ def launches(name: str, dtype: torch.dtype) -> list[Launch]:
 def compile_launch(launch: Launch, driver: Absent, architecture: int) -> dict[str, Any]:
     """What the assembler says of a kernel."""
     driver.architecture = architecture
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     kernel = launch.function().warmup(
-        *launch.arguments, grid=launch.grid, **launch.constants, **options
+        *launch.arguments, grid=launch.grid, **launch.constants, **launch.options
     )
     from triton import backends
 
@@ -189,7 +188,10 @@ def rows(names: list[str], architectures: list[int], dtypes: list[str]) -> Itera
                 for architecture in architectures:
                     row = {"call": name, "dtype": dtype, "kernel": launch.kernel}
                     tile = {k: launch.constants[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_D")}
-                    row |= {"architecture": architecture, "warps": launch.num_warps} | tile
+                    row |= {
+                        "architecture": architecture,
+                        "warps": launch.options["num_warps"],
+                    } | tile
                     yield row | compile_launch(launch, driver, architecture)
 
 

@@ -33,8 +33,7 @@ class Launch:
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]
 
     def function(self) -> Any:
         """The kernel."""
@@ -46,12 +45,11 @@ class Launch:
         """Run it on a device's current stream; an empty grid is nothing to do."""
         if 0 in self.grid:
             return
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if device.type == "cuda":
             with torch.cuda.device(device):
-                self.function()[self.grid](*self.arguments, **self.constants, **options)
+                self.function()[self.grid](*self.arguments, **self.constants, **self.options)
         else:
-            self.function()[self.grid](*self.arguments, **self.constants, **options)
+            self.function()[self.grid](*self.arguments, **self.constants, **self.options)
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,16 @@ class Rectangles:
         return not self.neighbors and self.axes[0][5] > self.axes[0][1]
 
 
-def schedule(q: Tensor, kernel: str, constants: dict[str, Any], *, biased: bool) -> tuple[int, int]:
-    """Warps and stages of a program, such that no architecture runs out of registers."""
+def schedule(q: Tensor, kernel: str, constants: dict[str, Any], *, biased: bool) -> dict[str, int]:
+    """Triton's options for a program, such that no architecture runs out of registers."""
     if q.dtype == torch.float32:
-        return 8 if max(constants["BLOCK_D"], constants["BLOCK_DV"]) > 32 else 4, 1
+        wide = max(constants["BLOCK_D"], constants["BLOCK_DV"]) > 32
+        options = {"num_warps": 8 if wide else 4, "num_stages": 1}
+        # The assembler stops at 80 to 168 of its own accord and spills a word or two there.
+        return options if torch.version.hip else options | {"maxnreg": 255}
     large = constants["BLOCK_M"] * constants["BLOCK_N"] > 1024
-    return 8 if biased and large else 4, 2 if kernel == "forward" else 1
+    stages = 2 if kernel == "forward" else 1
+    return {"num_warps": 8 if biased and large else 4, "num_stages": stages}
 
 
 def sub_rectangle(sides: tuple[int, int], most: int) -> tuple[int, int]:
@@ -177,7 +179,7 @@ def forward(
     }
     arguments = (pointers, *_common(r, q, k, v, extras[0], scale))
     options = schedule(q, "forward", constants, biased=r.bias != NO_BIAS)
-    return Launch("rectangles", "forward", grid, arguments, constants, *options)
+    return Launch("rectangles", "forward", grid, arguments, constants, options)
 
 
 @dataclass
@@ -242,7 +244,7 @@ def queries(
     arguments = (pointers, *_common(r, q, k, v, extras[0], scale))
     grid = (_programs(q, r, r.sides(of_keys=False), tile["SUB"]),)
     options = schedule(q, "queries", constants, biased=r.bias != NO_BIAS)
-    return Launch("rectangles_backward", "queries", grid, arguments, constants, *options)
+    return Launch("rectangles_backward", "queries", grid, arguments, constants, options)
 
 
 @lru_cache(maxsize=256)
@@ -303,7 +305,7 @@ def keys(
     arguments = (pointers, *_common(r, q, k, v, extras[0], scale), most)
     grid = (_programs(q, r, sides, sub),)
     options = schedule(q, "keys", constants, biased=r.bias != NO_BIAS)
-    return Launch("rectangles_backward", "keys", grid, arguments, constants, *options)
+    return Launch("rectangles_backward", "keys", grid, arguments, constants, options)
 
 
 def dense_bias(
@@ -325,5 +327,5 @@ def dense_bias(
     constants = {**tile, "FILL": r.fill, **blocks(q, v)}
     grid = (heads * tiles, chunks, slots)
     options = schedule(q, "dense_bias", constants, biased=True)
-    call = Launch("rectangles_backward", "dense_bias", grid, arguments, constants, *options)
+    call = Launch("rectangles_backward", "dense_bias", grid, arguments, constants, options)
     return call, shares

@@ -79,7 +79,7 @@ def _call(
     constants = {"RAGGED": t.ragged, **blocks(q, v), "BLOCK_M": block_m, "BLOCK_N": block_n}
     grid = (q.shape[0] * t.cells * tiles * q.shape[3],)
     options = schedule(q, kernel, constants, biased=False)
-    return Launch("tiles", kernel, grid, arguments, constants, *options)
+    return Launch("tiles", kernel, grid, arguments, constants, options)
 
 
 def forward(
