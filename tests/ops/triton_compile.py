@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vitzoo.ops import _triton_backends
 from vitzoo.ops._triton.launch import Launch
+from vitzoo.ops.neighborhood import _why_not_triton
 
 Maps = dict[str, tuple[int, ...]]
 
@@ -123,7 +124,7 @@ class Absent:
 
 
 def launches(name: str, dtype: torch.dtype) -> list[Launch]:
-    """The launches of a call, forward and all gradients."""
+    """The launches of a call, forward and all gradients that the backend serves."""
     operator, shapes, settings = CALLS[name]
     leaves: dict[str, Tensor] = {
         key: torch.zeros(shape, dtype=dtype).requires_grad_() for key, shape in shapes.items()
@@ -140,7 +141,8 @@ def launches(name: str, dtype: torch.dtype) -> list[Launch]:
     before, Launch.run = Launch.run, lambda self, device: found.append(self)  # type: ignore[method-assign]
     try:
         out = getattr(_triton_backends, operator)(**given, **settings)
-        torch.autograd.grad(out.sum(), list(leaves.values()))
+        if operator != "neighborhood_attention" or not _why_not_triton(**given, **settings):
+            torch.autograd.grad(out.sum(), list(leaves.values()))
     finally:
         Launch.run = before  # type: ignore[method-assign]
     return found

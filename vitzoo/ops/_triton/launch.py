@@ -98,8 +98,10 @@ class Rectangles:
 def schedule(q: Tensor, kernel: str, constants: dict[str, Any], *, biased: bool) -> dict[str, int]:
     """Triton's options for a program, such that no architecture runs out of registers."""
     if q.dtype == torch.float32:
-        wide = max(constants["BLOCK_D"], constants["BLOCK_DV"]) > 32
-        options = {"num_warps": 8 if wide else 4, "num_stages": 1}
+        many = (
+            max(constants["BLOCK_D"], constants["BLOCK_DV"]) > 32 or constants.get("BIAS") == AXIAL
+        )
+        options = {"num_warps": 8 if many else 4, "num_stages": 1}
         # The assembler stops at 80 to 168 of its own accord and spills a word or two there.
         return options if torch.version.hip else options | {"maxnreg": 255}
     large = constants["BLOCK_M"] * constants["BLOCK_N"] > 1024
@@ -148,9 +150,12 @@ def _given(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor | None]) -> 
 
 
 def _tile(r: Rectangles, q: Tensor) -> dict[str, Any]:
-    most = lanes(q.dtype)
+    most = most_keys = lanes(q.dtype)
+    if q.dtype == torch.float32 and r.bias == TABLE and r.axes[0][6] > 8:
+        # The sums over a wide table take the registers of half the queries.
+        most, most_keys = most // 2, most * 2
     sub = sub_rectangle(r.sides(of_keys=False), most)
-    keys = min(most, power_of_two(r.axes[0][5] * r.pitch))
+    keys = min(most_keys, power_of_two(r.axes[0][5] * r.pitch))
     return {
         "AXIS_Y": r.axes[0],
         "AXIS_X": r.axes[1],
