@@ -11,9 +11,9 @@ ON_16 = [
     "data.train_first=16",
     "data.val_first=16",
     "augment.enabled=false",
-    "schedule.epochs=60",
+    "schedule.epochs=100",
     "schedule.warmup_updates=12",
-    "run.eval_every=60",
+    "run.eval_every=100",
 ]
 
 BARS = {
