@@ -66,7 +66,16 @@ _DENSE: dict[str, tuple[tuple[float, float] | None, tuple[float, float], tuple[f
 _NO_ADDRESS = "The origin's tables link the file; its exact address is not known here."
 
 
+def _dense_file(model: str, folder: str, head: str) -> dict[str, Any]:
+    """Where NAT's file is; of DiNAT's only the folder is known."""
+    if not model.startswith("nat_"):
+        return {"notes": _NO_ADDRESS}
+    return {"sources": (f"{_NAT.replace('CLS', folder)}{model}_{head}.pth",)}
+
+
 def _detection(model: str, head: str, figures: tuple[float, float]) -> WeightEntry:
+    file = _dense_file(model, "DET", head.replace("_", ""))
+    notes = " ".join(("3x schedule.", file.pop("notes", ""))).strip()
     return WeightEntry(
         model=f"vz_{model}",
         tag=f"shilabs_coco_{head}",
@@ -79,7 +88,8 @@ def _detection(model: str, head: str, figures: tuple[float, float]) -> WeightEnt
         input_size=(3, 800, 1333),
         published=(("box_ap", figures[0]), ("mask_ap", figures[1])),
         strict=False,
-        notes=f"3x schedule. {_NO_ADDRESS}",
+        notes=notes,
+        **file,
     )
 
 
@@ -97,7 +107,7 @@ def _segmentation(model: str, figures: tuple[float, float]) -> WeightEntry:
         input_size=(3, side, side),
         published=(("miou", figures[0]), ("miou_ms", figures[1])),
         strict=False,
-        notes=_NO_ADDRESS,
+        **_dense_file(model, "SEG", "upernet"),
     )
 
 

@@ -26,7 +26,8 @@ def _deit_start(size: str, digest: str) -> WeightEntry:
         licence="apache-2.0",
         origin="https://github.com/facebookresearch/deit",
         paper="2012.12877",
-        notes="Dense DeiT, where training starts; the connectivity predictors are untrained.",
+        notes="Dense DeiT, where training starts; the connectivity predictors are untrained. "
+        "The licence is the origin's code's; none was read beside the file.",
     )
 
 
@@ -45,6 +46,7 @@ ENTRIES = (
         licence="apache-2.0",
         origin="https://github.com/zihangJiang/TokenLabeling",
         paper="2104.10858",
-        notes="Dense LV-ViT, where training starts; the connectivity predictors are untrained.",
+        notes="Dense LV-ViT, where training starts; the connectivity predictors are untrained. "
+        "The licence is the origin's code's; none was read beside the file.",
     ),
 )
