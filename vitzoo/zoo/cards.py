@@ -170,16 +170,17 @@ def _measured(records: Sequence[Any], speed: Mapping[str, Any]) -> list[str]:
     machine = speed["machine"]
     lines = [
         f"Measured on {machine['processor']}, torch {machine['torch']}, {machine['date']} "
-        "(`benchmarks/models.json`); the ratio is the baseline's time over the model's, memory "
-        "what one pass needs beyond weights and images:",
+        "(`benchmarks/models.json`). Times are medians; the ratio is the median over rounds of the "
+        "baseline's time over the model's, one right after the other. Memory: what one pass needs "
+        "beyond weights and images. Allocator: glibc's as it is, or told to keep memory (quiet).",
         "",
-        "| model | baseline | precision | size | batch | threads | ms | baseline ms | ratio "
-        "| MB | baseline MB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | baseline | precision | size | batch | threads | pass | linear | allocator | ms "
+        "| baseline ms | ratio | MB | baseline MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    shown = ("model", "baseline", "dtype", "size", "batch", "threads", "mode", "linear", "malloc")
     for row in rows:
-        cells = [row.get(key, "") for key in ("model", "baseline", "dtype", "size", "batch")]
-        cells += [row.get("threads", "")]
+        cells = [row.get(key, "") for key in shown]
         cells += [_number(row.get(key), 1) for key in ("model_ms", "baseline_ms")]
         cells += [_number(row.get("ratio"), 2)]
         cells += [_number(row.get(key), 0, 1e-6) for key in ("model_bytes", "baseline_bytes")]
