@@ -151,7 +151,11 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A weights file.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
     model: Annotated[
-        str | None, typer.Option(help="NAME or NAME.TAG, unless the file's name says it.")
+        str | None,
+        typer.Option(
+            help="NAME, unless the file's name says it; NAME.TAG if it is that published file, "
+            "whose origin and licence the folder then states."
+        ),
     ] = None,
     arguments: Annotated[
         list[str] | None, typer.Option("--arg", help="KEY=VALUE that the model is built with.")

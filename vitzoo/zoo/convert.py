@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from timm.models import PretrainedCfg
+from torch import nn
 
 from vitzoo.errors import InputError
 from vitzoo.zoo.entries import WeightEntry
@@ -17,7 +19,8 @@ from vitzoo.zoo.errors import WeightsError
 from vitzoo.zoo.files import sha256_of, wrapper_of
 from vitzoo.zoo.formats import classes_in, prefix_of, read_weights, unwrap
 from vitzoo.zoo.model_card import write_card
-from vitzoo.zoo.published import all_entries, find_entry
+from vitzoo.zoo.provenance import Match, claims, match_of
+from vitzoo.zoo.published import find_entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,9 @@ def convert(
 ) -> nn.Module:
     """Write a folder of safetensors, config.json and a card from a weights file.
 
+    Configuration and card state licence, origin and published accuracy only where the file is
+    certain to hold those very weights (see `vitzoo.zoo.provenance`).
+
     Args:
         source: a file in the authors', timm's or the zoo's format, wrapped or not.
         target: a new or empty folder.
@@ -101,88 +107,95 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise WeightsError(f"{target} is not an empty folder: name another one to write to")
     content = read_weights(source)
-    entry = _entry_of(source, model)
-    name = model.partition(".")[0] if model else entry.model if entry else None
+    match = match_of(source, model)
+    name = model.partition(".")[0] if model else match.entry.model if match else None
     if name is None:
         raise WeightsError(
             f"{source.name} has no name of the weights table: say which model it is for "
             "(--model NAME; `vitzoo weights info FILE` lists the models of its size)"
         )
-    # timm's own models can do without this: their files are what timm publishes.
-    if not name.startswith("vz_") or not timm.is_model(name):
-        raise WeightsError(f"the zoo has no model {name!r}; `vitzoo list` has their names")
-    given = dict(entry.arguments if entry else ()) | dict(arguments or {})
     try:
-        built = _load(source, name, content, given, entry)
+        built, given, entry = _build(source, name, content, match, arguments or {})
     except InputError:
         raise
     except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
         # A family's own code may stumble over weights of another, or over arguments it lacks.
         text = " ".join(str(error).split())[:300]
         raise WeightsError(f"{source} does not fit {name} as it was asked for: {text}") from error
-    _save(built, target, given, entry)
+    _save(built, target, given)
     write_card(target, built, entry, source)
     return _read_back(built, target)
 
 
-def _entry_of(source: Path, model: str | None) -> WeightEntry | None:
-    """The table's entry of a name with a tag, or of a file that is named as its source is."""
-    if model and "." in model:
-        name, _, tag = model.partition(".")
-        found = [e for e in all_entries() if (e.model, e.tag) == (name, tag)]
-        if not found:
-            known = ", ".join(e.tag for e in all_entries() if e.model == name)
-            raise WeightsError(f"{name} has no weights {tag!r}; known: {known or 'none'}")
-        return found[0]
-    for entry in all_entries():
-        if model in (None, entry.model):
-            names = {address.rpartition("/")[2] for address in entry.sources}
-            if source.name in names:
-                return entry
-    return None
-
-
-def _load(
+def _build(
     source: Path,
     name: str,
     content: Mapping[str, Any],
-    arguments: Mapping[str, Any],
-    entry: WeightEntry | None,
-) -> nn.Module:
-    # timm lists the tags of classifiers only.
-    full = entry.name if entry and find_entry(entry.name) is entry else name
-    config = timm.get_pretrained_cfg(full)
+    match: Match | None,
+    asked: Mapping[str, Any],
+) -> tuple[nn.Module, dict[str, Any], WeightEntry | None]:
+    """(model with the file's weights, what it is built with, the entry that they surely are)."""
+    given = dict(match.entry.arguments if match else ()) | dict(asked)
+    config = _config_of(name, match)
+    classes = classes_in(dict(content), config.classifier)
+    channels = _stem_channels(name, config, content, given)
+    entry = None
+    if match:
+        entry = match.claimed(classes=classes, channels=channels, arguments=asked)
+    overlay = claims(entry) | {"file": str(source), "num_classes": classes or 0}
+    return _load(config, overlay, given, channels), given, entry
+
+
+def _config_of(name: str, match: Match | None) -> PretrainedCfg:
+    """timm's configuration of the matched weights; of the model where timm lists no such tag."""
+    tagged = match is not None and find_entry(match.entry.name) is match.entry
+    config = timm.get_pretrained_cfg(match.entry.name if match and tagged else name)
     assert config is not None
-    dense = bool(arguments.get("dense"))
-    classes = None if dense else classes_in(dict(content), config.classifier)
-    overlay = {"file": str(source), "num_classes": classes or 0}
-    in_chans = _image_channels(unwrap(dict(content)))
+    return config
+
+
+def _stem_channels(
+    name: str, config: PretrainedCfg, content: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> int | None:
+    """Image channels of the stem in a file, under whatever names its authors use."""
+    if config.first_conv is None:
+        return None
+    family = sys.modules[timm.model_entrypoint(name).__module__]
+    with torch.device("meta"):
+        skeleton = timm.create_model(name, **arguments)
+    weights = family.checkpoint_filter_fn(dict(content), skeleton)
+    stem = weights.get(f"{config.first_conv}.weight")
+    return None if stem is None else stem.shape[1]
+
+
+def _load(
+    config: PretrainedCfg,
+    overlay: dict[str, Any],
+    arguments: Mapping[str, Any],
+    channels: int | None,
+) -> nn.Module:
+    """The model with the file's weights, its class count and its channels, or those asked for."""
     extra: dict[str, Any] = {}
-    if in_chans not in (None, config.input_size[0]) and len(config.input_size) == 3:
-        extra["in_chans"] = in_chans
-        overlay["input_size"] = (in_chans, *config.input_size[1:])
+    if channels is not None:
+        overlay["input_size"] = (channels, *config.input_size[1:])
+        extra["in_chans"] = channels
+    held = overlay["num_classes"]
+    if arguments.get("dense"):
+        overlay["num_classes"] = held = 0
     if config.classifier is not None:
-        extra["num_classes"] = classes or 0
+        extra["num_classes"] = held
+    if arguments.get("num_classes", held) not in (0, held):
+        raise WeightsError(
+            f"the file's classifier has {held} outputs, not {arguments['num_classes']}: "
+            "num_classes=0 leaves it out, and `vitzoo train` makes a new one"
+        )
+    full = f"{config.architecture}.{config.tag}" if config.tag else config.architecture
     return timm.create_model(
-        full,
-        pretrained=True,
-        pretrained_cfg_overlay=overlay,
-        **extra,
-        **arguments,
+        full, pretrained=True, pretrained_cfg_overlay=overlay, **{**extra, **arguments}
     ).eval()
 
 
-def _image_channels(weights: Mapping[str, Tensor]) -> int | None:
-    """Input channels of the first convolution in a file, whose names keep the network's order."""
-    for value in weights.values():
-        if isinstance(value, Tensor) and value.dim() == 4:
-            return value.shape[1] if value.shape[1] in (1, 3, 4) else None
-    return None
-
-
-def _save(
-    model: nn.Module, target: Path, arguments: Mapping[str, Any], entry: WeightEntry | None
-) -> None:
+def _save(model: nn.Module, target: Path, arguments: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
     from timm.models._hub import save_config_for_hf
 
@@ -190,13 +203,7 @@ def _save(
     # Tied weights share memory, which safetensors refuses: every name gets its own copy.
     tensors = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    about = {"tag": entry.tag} if entry else {}
-    save_config_for_hf(
-        model,
-        str(target / "config.json"),
-        model_config={"pretrained_cfg": about},
-        model_args=dict(arguments),
-    )
+    save_config_for_hf(model, str(target / "config.json"), model_args=dict(arguments))
 
 
 def _read_back(model: nn.Module, target: Path) -> nn.Module:

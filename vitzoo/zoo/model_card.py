@@ -11,12 +11,6 @@ from torch import nn
 from vitzoo.zoo.entries import WeightEntry
 from vitzoo.zoo.errors import WeightsError
 
-_TASK = {
-    "classification": "image-classification",
-    "detection": "object-detection",
-    "segmentation": "image-segmentation",
-    "detection3d": "object-detection",
-}
 _METRICS = {"top1": "accuracy", "top5": "accuracy"}
 
 
@@ -28,12 +22,12 @@ def write_card(
     Args:
         target: the folder.
         model: built; its timm configuration says how images are prepared.
-        entry: of the weights table, None for the user's own weights.
+        entry: of the weights table, if the weights are certain to be those; None for all others.
         source: the file that they were converted from.
     """
     config: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     name = entry.name if entry else str(config["architecture"])
-    head = _yaml(name, entry)
+    head = _yaml(name, entry, getattr(model, "num_classes", 0))
     lines = [
         f"# {name}",
         "",
@@ -56,7 +50,9 @@ def write_card(
     ]
     if entry and entry.published:
         figures = ", ".join(f"{key} {value:g}" for key, value in entry.published)
-        lines.append(f"- published on {entry.dataset}, not measured here: {figures}")
+        whole = entry.task == "classification"
+        of = "" if whole else f", of the whole {entry.task} model whose backbone this is"
+        lines.append(f"- published on {entry.dataset}{of}, not measured here: {figures}")
     if entry and entry.notes:
         lines.append(f"- {entry.notes}")
     (target / "README.md").write_text(head + "\n" + "\n".join(lines) + "\n")
@@ -64,7 +60,8 @@ def write_card(
 
 def _origin(entry: WeightEntry | None, source: Path | None) -> str:
     if entry is None:
-        return f"Converted from `{source.name}`." if source else "Trained with vitzoo."
+        how = f"Converted from `{source.name}`" if source else "Trained with vitzoo"
+        return f"{how}; origin and licence of the weights: not stated."
     paper = f", [arXiv {entry.paper}](https://arxiv.org/abs/{entry.paper})" if entry.paper else ""
     return (
         f"Weights of {entry.origin}{paper}, trained on {entry.dataset}; licence of the weights: "
@@ -72,34 +69,39 @@ def _origin(entry: WeightEntry | None, source: Path | None) -> str:
     )
 
 
-def _yaml(name: str, entry: WeightEntry | None) -> str:
+def _yaml(name: str, entry: WeightEntry | None, classes: int) -> str:
     """The card's head; the model-index holds published figures as unverified."""
     from huggingface_hub import EvalResult, ModelCardData
 
+    task = "image-classification" if classes else "image-feature-extraction"
     results = []
-    task = _TASK[entry.task] if entry else "image-classification"
-    for metric, value in entry.published if entry else ():
-        results.append(
+    if entry and entry.task == "classification":
+        results = [
             EvalResult(
                 task_type=task,
-                dataset_type=entry.dataset.lower().replace(" ", "-"),  # type: ignore[union-attr]
-                dataset_name=entry.dataset,  # type: ignore[union-attr]
+                dataset_type=_slug(entry.dataset),
+                dataset_name=entry.dataset,
                 metric_type=_METRICS.get(metric, metric),
                 metric_name=metric,
                 metric_value=value,
                 verified=False,
             )
-        )
+            for metric, value in entry.published
+        ]
     data = ModelCardData(
         license=entry.licence if entry else None,
         library_name="timm",
         tags=["vitzoo", "timm", task],
-        datasets=[entry.dataset.lower().replace(" ", "-")] if entry else None,
+        datasets=[_slug(entry.dataset)] if entry else None,
         pipeline_tag=task,
         model_name=name if results else None,
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _slug(dataset: str) -> str:
+    return dataset.lower().replace(" ", "-")
 
 
 def push(folder: Path, repo: str, *, private: bool = False) -> str:
