@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -392,6 +393,9 @@ def fashion_mnist_root(root: str | None, *, download: bool) -> str:
             "data.root=FOLDER with its four .gz files, or let torchvision fetch it with "
             "data.download=true"
         )
+    if root:
+        # Not beside the real ones: a folder may hold anything under their names.
+        cache = cache / hashlib.sha256(str(packed.resolve()).encode()).hexdigest()[:12]
     target = cache / "FashionMNIST" / "raw"
     target.mkdir(parents=True, exist_ok=True)
     for archive in archives:
