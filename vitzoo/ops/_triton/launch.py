@@ -151,9 +151,12 @@ def _given(q: Tensor, k: Tensor, v: Tensor, extras: Sequence[Tensor | None]) -> 
 
 def _tile(r: Rectangles, q: Tensor) -> dict[str, Any]:
     most = most_keys = lanes(q.dtype)
-    if q.dtype == torch.float32 and r.bias == TABLE and r.axes[0][6] > 8:
-        # The sums over a wide table take the registers of half the queries.
-        most, most_keys = most // 2, most * 2
+    wide_table = r.bias == TABLE and r.axes[0][6] > 8
+    if q.dtype == torch.float32 and (wide_table or r.bias == AXIAL):
+        # Sums over a wide table, and terms by row and column, take the registers of half the
+        # queries. A table's sums need eight pairs of rows: more keys make up for the queries.
+        most = most // 2
+        most_keys = most_keys * 2 if wide_table else most_keys
     sub = sub_rectangle(r.sides(of_keys=False), most)
     keys = min(most_keys, power_of_two(r.axes[0][5] * r.pitch))
     return {
