@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from vitzoo.errors import InputError
-from vitzoo.zoo.entries import WeightEntry
+from vitzoo.zoo.entries import State, WeightEntry
 
 cli = typer.Typer(no_args_is_help=True, help="List, fetch, verify, convert and share weights.")
 
@@ -43,6 +43,8 @@ def list_weights(
 
 
 def _chosen(family: str | None, licence: str | None, state: str | None) -> list[WeightEntry]:
+    import difflib
+
     import vitzoo
     from vitzoo.zoo.published import all_entries
 
@@ -55,9 +57,14 @@ def _chosen(family: str | None, licence: str | None, state: str | None) -> list[
         ("state", state, lambda entry: entry.state),
     ):
         if wanted is not None:
-            known = sorted({value_of(entry) for entry in found})
+            # A state is legal also while no entry is in it.
+            states = get_args(State) if what == "state" else ()
+            known = sorted({*states, *map(value_of, found)})
             if wanted not in known:
-                raise InputError(f"no weights of {what} {wanted!r}; there are {', '.join(known)}")
+                near = difflib.get_close_matches(wanted, known, n=1)
+                hint = f"did you mean {near[0]}? There" if near else "there"
+                text = f"no weights of {what} {wanted!r}; {hint} are {', '.join(known)}"
+                raise InputError(text)
             chosen = [entry for entry in chosen if value_of(entry) == wanted]
     return chosen
 
@@ -70,7 +77,7 @@ def fetch(
     """Download and verify weights; prints where they are."""
     from vitzoo.engine.report import console
     from vitzoo.zoo import download
-    from vitzoo.zoo.files import check_weights, sha256_of
+    from vitzoo.zoo.files import sha256_of
 
     for name in names:
         if name.startswith(("hf-hub:", "http://", "https://")):
@@ -80,7 +87,6 @@ def fetch(
                 raise InputError(f"{name} could not be had: {error}") from error
         else:
             path = download.fetch(_entry(name), cache_dir=cache_dir)
-        check_weights(path)
         console().print(f"{path}\nsha256 {sha256_of(path)}", markup=False, soft_wrap=True)
 
 
@@ -140,7 +146,6 @@ def verify(
                 out.print(f"{entry.name}: not in the cache", markup=False)
             continue
         cached += 1
-        check_weights(path_found)
         out.print(f"{entry.name}: verified, {path_found}", markup=False, soft_wrap=True)
     if not names:
         out.print(f"{cached} of the table's {len(entries)} weights are in the cache")
@@ -188,15 +193,16 @@ def convert(
 
 @cli.command()
 def info(
-    file: Annotated[Path, typer.Argument(help="A weights file.")],
+    file: Annotated[Path, typer.Argument(help="A weights file, or a converted folder.")],
     names: Annotated[bool, typer.Option("--names", help="Also every tensor's name.")] = False,
 ) -> None:
     """Say what a weights file holds and which models it may be for."""
     import vitzoo
     from vitzoo.engine.report import console
     from vitzoo.zoo.convert import look_into, models_of_size
+    from vitzoo.zoo.resolve import weights_in
 
-    facts = look_into(file)
+    facts = look_into(weights_in(file) if file.is_dir() else file)
     records = [vitzoo.info(name) for name in vitzoo.list_models()]
     near = models_of_size(facts.params, records)
     out = console()

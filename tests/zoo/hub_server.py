@@ -28,7 +28,13 @@ class Hub:
         published: path -> sha256 in the ETag, where it is not the content's.
         cut_once: path -> bytes after which the connection is dropped, the first time.
         fail_once: path -> status code of the first GET.
+        garbage_once: paths whose first answer is no HTTP.
+        chunked: paths whose length is not told; the end is.
+        unsized: paths of which neither is told, so that a cut looks like the end.
+        ignores_if_range: paths of which a part is sent also when the file has changed.
+        kinds: path -> content type.
         slow: path -> seconds between chunks of 64 KiB.
+        held: path -> what to wait for after the first of them.
         large: sha256 -> content that was sent through LFS.
         posts: paths that were posted to.
         ranges: path -> Range headers seen; None for a whole request.
@@ -39,7 +45,12 @@ class Hub:
     cut_once: dict[str, int] = field(default_factory=dict)
     fail_once: dict[str, int] = field(default_factory=dict)
     slow: dict[str, float] = field(default_factory=dict)
-    web_pages: set[str] = field(default_factory=set)
+    held: dict[str, threading.Event] = field(default_factory=dict)
+    garbage_once: set[str] = field(default_factory=set)
+    chunked: set[str] = field(default_factory=set)
+    unsized: set[str] = field(default_factory=set)
+    ignores_if_range: set[str] = field(default_factory=set)
+    kinds: dict[str, str] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
     posts: list[str] = field(default_factory=list)
     ranges: dict[str, list[str | None]] = field(default_factory=lambda: defaultdict(list))
@@ -84,6 +95,11 @@ class _Handler(BaseHTTPRequestHandler):
             path = "/".join([*parts[:2], *parts[4:]])
         if body and path in self.state.fail_once:
             self._plain(self.state.fail_once.pop(path))
+            return
+        if body and path in self.state.garbage_once:
+            self.state.garbage_once.remove(path)
+            self.wfile.write(b"220 mail.example.org ESMTP\r\n")
+            self.close_connection = True
             return
         content = self.state.files.get(path)
         if content is None:
@@ -158,17 +174,25 @@ class _Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         etag = self.state.published.get(path, hashlib.sha256(content).hexdigest())
         changed = self.headers.get("If-Range") not in (None, f'"{etag}"')
+        changed = changed and path not in self.state.ignores_if_range
         if asked and not changed:
             start = int(asked.removeprefix("bytes=").split("-")[0])
         if body:
             self.state.ranges[path].append(asked)
+        if asked and not changed and start >= len(content):
+            self._plain(416)
+            return
         self.send_response(206 if start else 200)
         self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Accept-Ranges", "bytes")
-        kind = "text/html" if path in self.state.web_pages else "application/octet-stream"
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Content-Type", self.state.kinds.get(path, "application/octet-stream"))
+        if path in self.state.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        elif path in self.state.unsized:
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(content) - start))
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
@@ -178,10 +202,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _stream(self, path: str, content: bytes) -> None:
         cut = self.state.cut_once.pop(path, None)
         content = content if cut is None else content[:cut]
+        chunked = path in self.state.chunked
         try:
             for i in range(0, len(content), 1 << 16):
-                self.wfile.write(content[i : i + (1 << 16)])
+                piece = content[i : i + (1 << 16)]
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
                 time.sleep(self.state.slow.get(path, 0))
+                if path in self.state.held:
+                    self.state.held[path].wait(120)
+            if chunked and cut is None:
+                self.wfile.write(b"0\r\n\r\n")
             if cut is not None:
                 self.close_connection = True
                 self.connection.close()

@@ -8,8 +8,12 @@ class WeightsError(InputError):
 
 
 class CorruptFileError(WeightsError):
-    """A file's content is not what its source published; it has been removed."""
+    """A file's content is not what its source published, or no weights; it has been removed."""
 
 
 class UnsafeFileError(WeightsError):
     """A pickle that holds more than tensors; it was not executed."""
+
+
+class TransientError(Exception):
+    """A failure that may pass: worth another try at the same source."""

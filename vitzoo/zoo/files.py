@@ -19,8 +19,8 @@ logger = logging.getLogger("vitzoo.zoo")
 
 WRAPPERS = ("state_dict_ema", "state_dict", "model_ema", "model")
 
-# Files whose content this process has checked -> (size, modification time).
-_verified: dict[Path, tuple[int, int]] = {}
+# Files whose content this process has checked -> size and modification time, sha256.
+_verified: dict[Path, tuple[tuple[int, int], str]] = {}
 
 
 def sha256_of(path: Path) -> str:
@@ -30,7 +30,7 @@ def sha256_of(path: Path) -> str:
 
 
 def verify(path: Path, expected: str | None, *, where_from: str) -> None:
-    """Check a file's content once per process, and again when size or time have changed.
+    """Check a file of the cache once per process, and again when size or time have changed.
 
     Args:
         path: the file; a symbolic link of the hub's cache is followed.
@@ -39,28 +39,77 @@ def verify(path: Path, expected: str | None, *, where_from: str) -> None:
         where_from: the source, for messages.
 
     Raises:
-        CorruptFileError: the content is another; the file has been removed.
+        CorruptFileError: the content is another, or no weights; the file has been removed.
+        UnsafeFileError: the same of a pickle that would run code.
     """
     real = path.resolve()
-    stat = real.stat()
-    mark = (stat.st_size, stat.st_mtime_ns)
-    if _verified.get(real) == mark:
-        return
+    mark, found = _verified.get(real, (None, ""))
+    if mark != _mark(real) or not found.startswith(expected or ""):
+        found = _inspect(path, expected or _recorded(real), path.name, where_from)
+        _remember(real, found, expected, where_from)
+
+
+def admit(part: Path, target: Path, expected: str | None, *, where_from: str) -> None:
+    """Give a new download its name in the cache if it passes the checks of `verify`.
+
+    Args:
+        part: the download under another name; removed if it does not pass.
+        target: its name in the cache.
+        expected: as for `verify`.
+        where_from: the source, for messages.
+
+    Raises:
+        CorruptFileError: the content is another, or no weights.
+        UnsafeFileError: a pickle that would run code.
+    """
+    found = _inspect(part, expected or _recorded(target), target.name, where_from)
+    part.replace(target)
+    _remember(target.resolve(), found, expected, where_from)
+
+
+def _inspect(path: Path, expected: str | None, name: str, where_from: str) -> str:
+    """The sha256 of a file with good content; one with bad content is removed."""
+    found = sha256_of(path)
+    again = "The file has been removed; run the same command again to download it anew."
+    if expected and not found.startswith(expected):
+        _remove(path)
+        raise CorruptFileError(
+            f"{name} from {where_from} is corrupt: sha256 {found}, published {expected}. {again}"
+        )
+    try:
+        check_weights(path, name)
+    except WeightsError as error:
+        _remove(path)
+        # A hash that was recorded of such a file would keep its good successor out.
+        recorded_hash_path(path.resolve()).unlink(missing_ok=True)
+        if isinstance(error, UnsafeFileError):
+            raise UnsafeFileError(f"{error} The file has been removed.") from error
+        raise CorruptFileError(f"{where_from} delivered no weights: {error}. {again}") from error
+    return found
+
+
+def _remove(path: Path) -> None:
+    for file in {path, path.resolve()}:
+        file.unlink(missing_ok=True)
+
+
+def _remember(real: Path, found: str, expected: str | None, where_from: str) -> None:
+    """Note that a content was checked; on disk, where nothing else says what it should be."""
     record = recorded_hash_path(real)
-    if expected is None and record.exists():
-        expected = record.read_text().strip()
-    found = sha256_of(real)
-    if expected is None:
+    if expected is None and not record.exists():
         write_atomically(record, f"{found}\n".encode())
         logger.info("%s publishes no checksum; recorded sha256 %s", where_from, found)
-    elif not found.startswith(expected):
-        for file in {path, real}:
-            file.unlink(missing_ok=True)
-        raise CorruptFileError(
-            f"{path.name} from {where_from} is corrupt: sha256 {found}, published {expected}. The "
-            "file has been removed; run the same command again to download it anew."
-        )
-    _verified[real] = mark
+    _verified[real] = (_mark(real), found)
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _recorded(path: Path) -> str | None:
+    record = recorded_hash_path(path)
+    return record.read_text().strip() if record.exists() else None
 
 
 def verify_file(path: Path, expected: str | None = None) -> str:
@@ -68,18 +117,14 @@ def verify_file(path: Path, expected: str | None = None) -> str:
 
     Args:
         path: the file.
-        expected: sha256 or its first digits; the recorded hash or the digits in the file's name
-            if None.
+        expected: sha256 or its first digits; the recorded hash if None.
 
     Raises:
         CorruptFileError: the content is another.
     """
-    record = recorded_hash_path(path)
     basis = "the given hash"
-    if expected is None and record.exists():
-        expected, basis = record.read_text().strip(), f"as recorded in {record.name}"
-    if expected is None and (expected := digits_in_name(path.name)):
-        basis = "as the file's name says"
+    if expected is None:
+        expected, basis = _recorded(path), f"as recorded in {recorded_hash_path(path).name}"
     if expected is None:
         return "no hash is known for it"
     found = sha256_of(path)
@@ -89,8 +134,12 @@ def verify_file(path: Path, expected: str | None = None) -> str:
 
 
 def digits_in_name(name: str) -> str | None:
-    """The first digits of the sha256, which torch's hub files carry: `net-1a2b3c4d.pth`."""
-    match = re.search(r"-([0-9a-f]{8,64})\.", name)
+    """The first digits of the sha256 in a published file's name: `net-1a2b3c4d.pth`.
+
+    That is a habit of torch's hub, so it holds for sources of the table alone: a user's
+    `run-20240101.pth` says nothing of its content. Eight digits without a letter are a date.
+    """
+    match = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.", name)
     return match[1] if match else None
 
 
@@ -99,11 +148,12 @@ def recorded_hash_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def check_weights(path: Path) -> None:
+def check_weights(path: Path, name: str | None = None) -> None:
     """Make sure that a file holds weights and nothing that would run when it is opened.
 
     Args:
         path: a whole safetensors file, or a pickle that holds nothing but tensors and data.
+        name: what it will be called, where it is still called otherwise.
 
     Raises:
         UnsafeFileError: the pickle wants to import or call something.
@@ -111,31 +161,40 @@ def check_weights(path: Path) -> None:
     """
     if not path.is_file():
         raise WeightsError(f"there is no weights file {path}")
-    if path.suffix == ".safetensors":
+    shown = name or path
+    if Path(shown).suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, framework="pt"):
                 return
         except SafetensorError as error:
-            raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
+            raise WeightsError(f"{shown} is not a whole safetensors file: {error}") from error
     try:
         with plain_arguments():
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own text advises to switch the safety off.
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it wants to import {found[1]}" if found else "it holds more than tensors"
-        raise UnsafeFileError(
-            f"{path} was refused: {what}, and opening it could run code. It was not executed. Ask "
-            "its author for a safetensors file."
-        ) from error
+        raise _refusal(path, shown, error) from error
     except Exception as error:
         # What damaged bytes say to an unpickler ends in any error.
         text = (str(error).splitlines() or [""])[0].strip()
         reason = f": {text}" if " " in text else ""
-        raise WeightsError(f"{path} is not a whole weights file of PyTorch{reason}") from error
-    _check_names(path, content)
+        raise WeightsError(f"{shown} is not a whole weights file of PyTorch{reason}") from error
+    _check_names(shown, content)
+
+
+def _refusal(path: Path, shown: str | Path, error: pickle.UnpicklingError) -> WeightsError:
+    """The error for what torch's safe unpickler refuses, whose text advises to switch it off."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    with path.open("rb") as file:
+        head = file.read(2)
+    if not found and head != b"PK" and head[:1] != b"\x80":
+        return WeightsError(f"{shown} is not a weights file of PyTorch: it is no archive or pickle")
+    what = f"it wants to import {found[1]}" if found else "it holds more than tensors"
+    return UnsafeFileError(
+        f"{shown} was refused: {what}, and opening it could run code. It was not executed. Ask "
+        "its author for a safetensors file."
+    )
 
 
 def plain_arguments() -> Any:
@@ -148,7 +207,7 @@ def wrapper_of(content: dict[str, Any]) -> str | None:
     return next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
 
 
-def _check_names(path: Path, content: Any) -> None:
+def _check_names(path: str | Path, content: Any) -> None:
     """Make sure that there are tensors by name, in wrappers or not."""
     while isinstance(content, dict) and (wrapper := wrapper_of(content)):
         content = content[wrapper]

@@ -35,16 +35,21 @@ def local_overlay(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> di
     if cfg.file:
         path = Path(cfg.file).expanduser()
         if path.is_dir():
-            path = _inside(path)
+            path = weights_in(path)
+        # timm would refuse a bad file too, but its error advises to switch the safety off.
+        check_weights(path)
     else:
         path = _downloaded(cfg, cache_dir)
-    # timm would refuse a bad file too, but its error advises to switch the safety off.
-    check_weights(path)
     # A file goes ahead of hub and address unless `source` says otherwise.
     return {"file": str(path), "source": None}
 
 
-def _inside(folder: Path) -> Path:
+def weights_in(folder: Path) -> Path:
+    """The weights file of a folder as timm and `vitzoo weights convert` write it.
+
+    Raises:
+        WeightsError: it has none.
+    """
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
