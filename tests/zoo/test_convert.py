@@ -181,8 +181,9 @@ def test_commands(narrow: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixtu
     torch.save({"model": narrow.state_dict()}, file)
     assert run(["weights", "info", str(file)]) == 0
     assert "wrapper  model" in capsys.readouterr().out
-    assert run(["weights", "verify", str(file)]) == 2
-    assert "expected 00000000" in capsys.readouterr().err
+    # Digits in the name of a user's file are no hash.
+    assert run(["weights", "verify", str(file)]) == 0
+    assert "no hash is known" in capsys.readouterr().out
     given = ["weights", "convert", str(file), str(tmp_path / "out"), "--model", "vz_nat_mini"]
     given += [f"--arg={key}={value}" for key, value in ARGUMENTS.items()]
     assert run(given) == 0

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 from torch import Tensor
 
 import vitzoo  # noqa: F401  (registers the zoo's names)
@@ -148,13 +149,15 @@ def test_a_file_of_the_hubs_cache_is_recognised(
     hub = tmp_path / "hub"
     for module in (constants, file_download):
         monkeypatch.setattr(module, "HF_HUB_CACHE", str(hub), raising=False)
-    file = hub / "models--timm--davit_tiny.msft_in1k" / "snapshots" / ("c" * 40) / "model.pth"
-    saved({"w": torch.zeros(1)}, file)
-    bytes_of = file.rename(file.with_name("model.safetensors"))
+    file = (
+        hub / "models--timm--davit_tiny.msft_in1k" / "snapshots" / ("c" * 40) / "model.safetensors"
+    )
+    file.parent.mkdir(parents=True)
+    save_file({"w": torch.zeros(1)}, file)
     refs = hub / "models--timm--davit_tiny.msft_in1k" / "refs"
     refs.mkdir()
     (refs / "main").write_text("c" * 40)
-    match = provenance.match_of(bytes_of, None)
+    match = provenance.match_of(file, None)
     assert match is not None
     assert (match.entry.name, match.certain) == ("vz_davit_tiny.msft_in1k", True)
 
