@@ -41,6 +41,7 @@ def build(name: str, *, shallow: bool = False) -> nn.Module:
     return copy.deepcopy(_pristine(name, shallow))
 
 
+@functools.cache
 def few_blocks(name: str) -> dict[str, Any]:
     """Arguments that leave few blocks, where depth can be given: most checks cost by the block."""
     with torch.device("meta"):
@@ -65,6 +66,7 @@ def needs(name: str, check: str) -> None:
         pytest.skip(reason)
 
 
+@functools.cache
 def default_levels(name: str, **arguments: Any) -> tuple[int, ...]:
     """The stages (blocks of a net of one scale) that `features_only` returns unless told."""
     with torch.device("meta"):
