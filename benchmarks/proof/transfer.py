@@ -13,7 +13,7 @@ LEAST_GAIN = 1.0
 
 
 BROAD = ["data.train_first=15000", "schedule.epochs=3"]
-# Few images, but updates enough that both have settled: in twenty, whichever starts flatter is ahead.
+# Few images, but updates enough that both settle: in twenty, whichever starts flatter is ahead.
 BUDGET = ["data.train_first=500", "data.batch_size=20", "optim.lr=1e-3", "schedule.epochs=8"]
 
 
