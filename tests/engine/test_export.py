@@ -117,6 +117,10 @@ def test_a_run_is_exported_with_what_its_user_needs(
     assert facts["licence"] == timm.get_pretrained_cfg("vz_davit_tiny").license
     assert {"torch", "timm", "vitzoo"} <= set(facts["versions"])
     assert facts["measured"]["worst"] <= BOUNDS["float32"]
+    if task == "detection":
+        # Noise and the run's one held-out image.
+        assert len(facts["measured"]["compared"]) == 2
+        assert facts["measured"]["objects"] > 0
 
 
 @pytest.mark.slow

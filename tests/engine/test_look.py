@@ -63,7 +63,7 @@ def test_weights_are_told_in_words_and_as_json(photo: str, tmp_path: Path) -> No
     text = found.report()
     row, column = keys[0]["key"]
     assert f"key {row},{column} at {4 * row + 2},{4 * column + 2}: " in text
-    assert f"{100 * keys[0]['weight']:.1f} %" in text
+    assert f"{100 * keys[0]['weight']:.3g} %" in text
     assert "head 1: " in text
     assert "-0.0" not in text
     away = look(photo, "vz_davit_tiny", VALUES, output=tmp_path / "b.png")

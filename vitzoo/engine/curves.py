@@ -77,7 +77,7 @@ def draw_profile(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.scatter(at, values, s=12, alpha=0.6, color=f"C{number}", label=label)
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
-    rows[0].legend()
+    rows[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
     names = [line["layer"].rpartition("/")[0] for line in lines]
     rows[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     _save(figure, path)

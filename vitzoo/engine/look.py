@@ -170,10 +170,10 @@ class Look:
         ]
         for line in keys[:_LISTED]:
             (row, column), (y, x) = line["key"], line["pixels"]
-            lines.append(f"  key {row},{column} at {y:.0f},{x:.0f}: {100 * line['weight']:.1f} %")
+            lines.append(f"  key {row},{column} at {y:.0f},{x:.0f}: {100 * line['weight']:.3g} %")
         if len(keys) > _LISTED:
             rest = sum(line["weight"] for line in keys[_LISTED:])
-            lines.append(f"  {len(keys) - _LISTED} others: {100 * rest:.1f} %")
+            lines.append(f"  {len(keys) - _LISTED} others: {100 * rest:.3g} %")
         lines.append(f"-> {self.picture}, {self.facts}")
         return "\n".join(lines)
 
