@@ -46,10 +46,10 @@ from vitzoo.tasks._models import config_of
 Format = Literal["onnx", "torch-export", "openvino"]
 # Largest difference to eager float32 that an export may show. float32: of logits as they are, of
 # maps as a share of the largest value. float16 and int8: of all outputs as such a share. The share
-# was {INT8} of int8 logits (three formats, a narrow DaViT-tiny trained on digits, and untrained
-# ones of every family), so beyond 0.3 something other than rounding is wrong; what int8 costs is
-# `accuracy`.
-BOUNDS = {"float32": 1e-4, "float16": 2e-2, "int8": 0.3}
+# of int8 logits was 0.003 to 0.004 for a narrow DaViT trained on digits in the three formats, and
+# for untrained ones in ONNX 0.018 (vz_biformer_tiny), 0.047 (vz_davit_tiny and
+# vz_sparsifiner_deit_tiny) and 0.056 (vz_nat_mini): beyond 0.2 more than rounding is wrong.
+BOUNDS = {"float32": 1e-4, "float16": 2e-2, "int8": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,23 @@ def write_graph(
     with tempfile.TemporaryDirectory() as folder:
         onnx = Path(folder) / "model.onnx"
         _write_onnx(program, onnx, network.outputs, int8=int8)
-        openvino.save_model(openvino.convert_model(onnx), path, compress_to_fp16=False)
+        model = openvino.convert_model(onnx)
+        if int8:
+            _store_as_int8(model)
+        openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _store_as_int8(model: Any) -> None:
+    """Hold quantised weights in bytes: the conversion from ONNX widens them to int32."""
+    import openvino
+    from openvino import opset13
+
+    for node in model.get_ops():
+        wide = node.get_type_name() == "Constant" and node.get_element_type() == openvino.Type.i32
+        if not wide or len(node.get_output_shape(0)) < 2 or abs(node.data).max() > 127:
+            continue
+        narrow = opset13.convert(opset13.constant(node.data.astype("int8")), "i32")
+        node.output(0).replace(narrow.output(0))
 
 
 def _write_onnx(
