@@ -29,4 +29,4 @@ def test_cells_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for cell in _cells():
         exec(compile(cell, NOTEBOOK.name, "exec"), values)
     assert values["made"].agrees  # type: ignore[attr-defined]
-    assert (tmp_path / "runs/tour/tour.onnx").is_file()
+    assert (tmp_path / "runs/tour/tour-float32.onnx").is_file()

@@ -146,19 +146,26 @@ def look(
     profile: Annotated[
         bool, typer.Option("--profile", help="Figures of all layers instead: JSON and a plot.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Default look.png, or look.json.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Default look.png, or profile.json; a JSON or a plot goes beside it."),
+    ] = None,
 ) -> None:
     """Draw which keys a query attends to, or profile all heads."""
-    from vitzoo.engine import look as looking
     from vitzoo.engine.report import console
 
     if not model:
         raise InputError("look needs --model NAME")
     if profile:
-        target = output or Path("look.json")
-        lines = looking.profile(image, model, values or [], output=target)
-        console().print(f"{len(lines)} layers -> {target}, {target.with_suffix('.png')}")
+        from vitzoo.engine.profiling import profile as run
+
+        target = output or Path("profile.json")
+        lines = run(image, model, values or [], output=target)
+        files = f"{target.with_suffix('.json')}, {target.with_suffix('.png')}"
+        console().print(f"{len(lines)} layers -> {files}", markup=False)
         return
+    from vitzoo.engine.look import look as draw
+
     at = None
     if query is not None:
         parts = query.split(",")
@@ -166,13 +173,8 @@ def look(
             raise InputError(f"--query takes y,x in pixels, not {query!r}")
         at = (int(parts[0]), int(parts[1]))
     target = output or Path("look.png")
-    seen = looking.look(image, model, values or [], query=at, layer=layer, head=head, output=target)
-    away = 100 * seen.elsewhere.mean().item()
-    console().print(
-        f"{seen.layer}, query {seen.query} of {seen.query_grid}: "
-        f"{int((seen.weights.amax(0) > 0).sum())} keys, {away:.1f} % off the map -> {target}",
-        markup=False,
-    )
+    found = draw(image, model, values or [], query=at, layer=layer, head=head, output=target)
+    console().print(found.report(), markup=False)
 
 
 @cli.command()

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from vitzoo.engine.traced import Network, trace
+from vitzoo.errors import InputError
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "openvino": ".xml"}
+# Name of every graph's input, where the format has names.
+INPUT = "image"
 QUANTIZED = {
     "onnx": "onnxruntime.quantization.quantize_dynamic",
     "torch-export": "torchao Int8DynamicActivationInt8WeightConfig",
@@ -39,20 +42,39 @@ def write_graph(
         torch.export.save(program, path)
         return
     if to == "onnx":
-        _write_onnx(program, path, int8=int8)
+        _write_onnx(program, path, network.outputs, int8=int8)
         return
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
         onnx = Path(folder) / "model.onnx"
-        _write_onnx(program, onnx, int8=int8)
-        openvino.save_model(openvino.convert_model(onnx), path, compress_to_fp16=False)
+        _write_onnx(program, onnx, network.outputs, int8=int8)
+        model = openvino.convert_model(onnx)
+        if int8:
+            _store_as_int8(model)
+        openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, *, int8: bool) -> None:
+def _store_as_int8(model: Any) -> None:
+    """Hold quantised weights in bytes: the conversion from ONNX widens them to int32."""
+    import openvino
+    from openvino import opset13
+
+    for node in model.get_ops():
+        wide = node.get_type_name() == "Constant" and node.get_element_type() == openvino.Type.i32
+        if not wide or len(node.get_output_shape(0)) < 2 or abs(node.data).max() > 127:
+            continue
+        narrow = opset13.convert(opset13.constant(node.data.astype("int8")), "i32")
+        node.output(0).replace(narrow.output(0))
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram, path: Path, outputs: Sequence[str], *, int8: bool
+) -> None:
     made = torch.onnx.export(
         program,
-        input_names=["image"],
+        input_names=[INPUT],
+        output_names=list(outputs),
         dynamo=True,
         external_data=False,
         verbose=False,
@@ -79,7 +101,14 @@ def _torchao(network: Network, dynamic: Sequence[str]) -> torch.export.ExportedP
 
     quantized = copy.deepcopy(network.model)
     quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
-    return trace(unwrap_tensor_subclass(quantized), network.shape, dynamic)
+    try:
+        return trace(unwrap_tensor_subclass(quantized), network.shape, dynamic)
+    except RuntimeError as error:
+        # Its weights only know products, and some layers join or scale theirs first.
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"torchao cannot quantise this model ({reason}); --to onnx --int8 can"
+        ) from error
 
 
 def write_detector(network: Network, path: Path) -> None:
@@ -98,9 +127,14 @@ def write_detector(network: Network, path: Path) -> None:
             path,
             dynamo=False,
             opset_version=17,
-            input_names=["image"],
+            input_names=[INPUT],
             output_names=list(network.outputs),
         )
+
+
+def files_of(path: Path, to: str) -> list[Path]:
+    """The files that make up a graph: OpenVINO's weights lie beside it."""
+    return [path, path.with_suffix(".bin")] if to == "openvino" else [path]
 
 
 def run_graph(path: Path, to: str) -> Runner:

@@ -1,9 +1,10 @@
-"""What a model looks at: one query's keys drawn on the image, and all layers in figures."""
+"""What a model looks at: one query's keys drawn on the image; `profiling` has all layers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,18 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from vitzoo._paths import write_atomically
-from vitzoo.attention.seen import Layer, Seen, keys_of_queries, keys_of_query, record_layers
+from vitzoo.attention.seen import Layer, Seen, keys_of_query, record_layers
+from vitzoo.backbones import info
+from vitzoo.engine.evaluate import open_source
+from vitzoo.engine.predict import ready
 from vitzoo.errors import InputError
 
 _FIRE = (214, 39, 40)
-_QUERIES_PER_SIDE = 4
+# Pixels: what a picture's shorter side is brought to, and the strip with the scale.
+_LEAST_SIDE = 224
+_SCALE = 34
+# Keys that are printed.
+_LISTED = 8
 
 
 def draw_keys(image: Image.Image, seen: Seen, *, head: int | None = None) -> Image.Image:
@@ -27,7 +35,7 @@ def draw_keys(image: Image.Image, seen: Seen, *, head: int | None = None) -> Ima
         seen: from `vitzoo.attention.seen.keys_of_query`.
         head: this head's weights; the mean over the heads if None.
     """
-    weights = seen.weights.mean(0) if head is None else seen.weights[head]
+    weights = weights_of(seen, head)
     strength = (weights / weights.max().clamp(min=1e-12)).sqrt()
     grey = image.convert("L").convert("RGB")
     base = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8)
@@ -47,6 +55,40 @@ def draw_keys(image: Image.Image, seen: Seen, *, head: int | None = None) -> Ima
         (row + 1) * image.height / rows - 1,
     ]
     ImageDraw.Draw(out).rectangle(box, outline=(255, 221, 0), width=max(1, image.width // 150))
+    return out
+
+
+def weights_of(seen: Seen, head: int | None) -> Tensor:
+    """(rows, columns): the weights of one head, or the mean of all."""
+    return seen.weights.mean(0) if head is None else seen.weights[head]
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """A small picture in whole multiples, so that keys and the scale's figures can be read."""
+    times = -(-_LEAST_SIDE // min(picture.size))
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+
+
+def with_scale(picture: Image.Image, largest: float) -> Image.Image:
+    """A drawing with the scale of its red below: none, a quarter of the largest weight, all of it.
+
+    Args:
+        picture: from `draw_keys`.
+        largest: the weight that is drawn in full red.
+    """
+    out = Image.new("RGB", (picture.width, picture.height + _SCALE), "white")
+    out.paste(picture, (0, 0))
+    left, right, top = 8, picture.width - 8, picture.height + 6
+    pen = ImageDraw.Draw(out)
+    grey = torch.full((3,), 0.8 * 127)
+    for x in range(left, right):
+        # Red grows with the root of the weight, as in `draw_keys`.
+        share = 0.75 * (x - left) / (right - left)
+        colour = (grey + (torch.tensor(_FIRE) - grey) * share).int().tolist()
+        pen.line([x, top, x, top + 10], fill=tuple(colour))
+    for part, anchor in ((0.0, "la"), (0.5, "ma"), (1.0, "ra")):
+        text = f"{100 * largest * part**2:.3g} %"
+        pen.text((left + part * (right - left), top + 13), text, fill="black", anchor=anchor)
     return out
 
 
@@ -75,6 +117,67 @@ def find_layer(layers: Sequence[Layer], wanted: str | None) -> Layer:
     raise InputError(f"no layer {wanted!r}; known: {known}")
 
 
+@dataclass(frozen=True, eq=False)
+class Look:
+    """A query's keys, and where they were written.
+
+    Attributes:
+        seen: the keys.
+        head: one head; None for the mean of all.
+        sides: height and width of the image in pixels.
+        picture, facts: the files: the drawing, and every key with its weights as JSON.
+    """
+
+    seen: Seen
+    head: int | None
+    sides: tuple[int, int]
+    picture: Path
+    facts: Path
+
+    @property
+    def elsewhere(self) -> float:
+        """Share of the weight that is on no key of the map."""
+        away = self.seen.elsewhere
+        # One minus a sum of rounded weights may be a little below nothing.
+        return max(0.0, (away.mean() if self.head is None else away[self.head]).item())
+
+    def keys(self) -> list[dict[str, Any]]:
+        """The keys, heaviest first: grid position, middle in pixels, weight, weight by head."""
+        weights = weights_of(self.seen, self.head)
+        found = []
+        for row, column in (self.seen.weights.amax(0) > 0).nonzero().tolist():
+            middle = [
+                (at + 0.5) * side / count
+                for at, side, count in zip((row, column), self.sides, weights.shape, strict=True)
+            ]
+            line = {
+                "key": [row, column],
+                "pixels": middle,
+                "weight": weights[row, column].item(),
+                "heads": self.seen.weights[:, row, column].tolist(),
+            }
+            found.append(line)
+        return sorted(found, key=lambda line: -line["weight"])
+
+    def report(self) -> str:
+        """What a user reads: the layer, its heaviest keys, what is off the map, the files."""
+        seen, keys = self.seen, self.keys()
+        which = "mean of the heads" if self.head is None else f"head {self.head}"
+        rows, columns = seen.weights.shape[1:]
+        lines = [
+            f"{seen.layer}, query {seen.query} of {seen.query_grid}, {which}: "
+            f"{len(keys)} of {rows} x {columns} keys, {100 * self.elsewhere:.1f} % off the map"
+        ]
+        for line in keys[:_LISTED]:
+            (row, column), (y, x) = line["key"], line["pixels"]
+            lines.append(f"  key {row},{column} at {y:.0f},{x:.0f}: {100 * line['weight']:.3g} %")
+        if len(keys) > _LISTED:
+            rest = sum(line["weight"] for line in keys[_LISTED:])
+            lines.append(f"  {len(keys) - _LISTED} others: {100 * rest:.3g} %")
+        lines.append(f"-> {self.picture}, {self.facts}")
+        return "\n".join(lines)
+
+
 def look(
     path: str,
     given: str,
@@ -84,8 +187,8 @@ def look(
     layer: str | None = None,
     head: int | None = None,
     output: Path = Path("look.png"),
-) -> Seen:
-    """Draw what a query sees.
+) -> Look:
+    """Draw what a query sees, with a scale, and write every key's weight beside it.
 
     Args:
         path: the image.
@@ -94,21 +197,39 @@ def look(
         query: y and x in pixels of the image as the model gets it; its middle if None.
         layer: see `find_layer`.
         head: one head; the mean of all if None.
-        output: the picture.
+        output: the picture; the JSON file has its name and `.json`.
 
     Raises:
-        InputError: unknown layer or head, a query beside the image, or see `open_source`.
+        InputError: unknown layer or head, a query beside the image, a file that is no picture's,
+            or see `open_source`.
     """
     from vitzoo.tasks.pictures import open_image
 
-    task = _opened(given, values)
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"{output} cannot be drawn: its name must end in .png, .jpg or the like")
+    task = opened(given, values)
     picture, x = as_seen(task, open_image(path, where=path, mode="RGB"))
-    seen = keys_in_image(task.model, x, query=query, layer=layer)
+    seen = keys_in_image(body_of(task), x, query=query, layer=layer)
     if head is not None and not 0 <= head < len(seen.weights):
         raise InputError(f"{seen.layer} has heads 0 to {len(seen.weights) - 1}, not {head}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw_keys(picture, seen, head=head).save(output)
-    return seen
+    drawn = draw_keys(enlarged(picture), seen, head=head)
+    with_scale(drawn, weights_of(seen, head).max().item()).save(output)
+    sides = (x.shape[-2], x.shape[-1])
+    found = Look(seen, head, sides, output, output.with_suffix(".json"))
+    facts = {
+        "model": given,
+        "image": path,
+        "layer": seen.layer,
+        "query": seen.query,
+        "query_grid": seen.query_grid,
+        "key_grid": seen.weights.shape[1:],
+        "head": head,
+        "elsewhere": found.elsewhere,
+        "keys": found.keys(),
+    }
+    write_atomically(found.facts, (json.dumps(facts, indent=1) + "\n").encode())
+    return found
 
 
 def keys_in_image(
@@ -137,104 +258,45 @@ def keys_in_image(
 
 
 def as_seen(task: Any, image: Image.Image) -> tuple[Image.Image, Tensor]:
-    """An image as a classifier gets it: a picture, and the tensor (1, C, H, W)."""
-    from torchvision.transforms.functional import to_pil_image
+    """An image as a task's backbone gets it: a picture, and the tensor (1, C, H, W)."""
+    from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-    x = task.transform()(image)[None]
-    config = task.data_config()
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    if hasattr(task, "transform"):
+        x = task.transform()(image)[None]
+        config = task.data_config()
+        mean, std = config["mean"], config["std"]
+    elif hasattr(task, "preparation"):
+        prepare = task.preparation()
+        x, mean, std = prepare(image)[None], prepare.mean, prepare.std
+    else:
+        prepare = task.model.transform
+        x = prepare([pil_to_tensor(image).float() / 255])[0].tensors
+        mean, std = prepare.image_mean, prepare.image_std
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
     return to_pil_image((x[0] * std + mean).clamp(0, 1)), x
 
 
-def _opened(given: str, values: Sequence[str]) -> Any:
-    """A classification task with its model on the CPU."""
-    from vitzoo.engine.predict import load
-
-    task: Any = load(given, values, device=torch.device("cpu"))
-    if not hasattr(task, "transform"):
-        raise InputError(f"{given} does not take one image")
-    return task
+def body_of(task: Any) -> nn.Module:
+    """What of a task's model takes the tensor of `as_seen`: of a detector its backbone."""
+    body: nn.Module = task.model.backbone if hasattr(task.model, "transform") else task.model
+    return body
 
 
-def profile(
-    path: str, given: str, values: Sequence[str] = (), *, output: Path = Path("look.json")
-) -> list[dict[str, Any]]:
-    """Attention distance, entropy and importance of every head: a JSON file and a plot beside it.
+def opened(given: str, values: Sequence[str]) -> Any:
+    """A task on images with its model on the CPU.
 
-    Distance is the mean over 16 queries of sum(weight * distance) in pixels of the image; entropy
-    that of the weights, in bits; importance is |sum(out * gradient of the best logit)| over a
-    head's outputs (Michel et al., arXiv 1905.10650, section 2.3), as a share of its layer.
+    Raises:
+        InputError: a model of points, or see `open_source`.
     """
-    from vitzoo.tasks.pictures import open_image
-
-    task = _opened(given, values)
-    model, x = task.model, as_seen(task, open_image(path, where=path, mode="RGB"))[1]
-    sides = (x.shape[-2], x.shape[-1])
-    with record_layers(model, sides) as layers, torch.enable_grad():
-        logits = model(x.requires_grad_())
-    find_layer(layers, None)
-    outs = [layer.out for layer in layers]
-    gradients = torch.autograd.grad(logits.amax(1).sum(), outs, allow_unused=True)
-    lines = []
-    for layer, gradient in zip(layers, gradients, strict=True):
-        distance, entropy = _spread(layer, sides)
-        line: dict[str, Any] = {
-            "layer": layer.name,
-            "distance_pixels": distance.tolist(),
-            "entropy_bits": entropy.tolist(),
-        }
-        if gradient is not None:
-            effect = (layer.out * gradient).sum(-1).flatten(0, -2).sum(0).abs()
-            line["importance"] = (effect / effect.sum().clamp(min=1e-12)).tolist()
-        lines.append(line)
-    facts = {"model": given, "image": path, "queries": _QUERIES_PER_SIDE**2, "layers": lines}
-    write_atomically(output, (json.dumps(facts, indent=2) + "\n").encode())
-    _plot(lines, output.with_suffix(".png"))
-    return lines
+    source = open_source(given, values)
+    name = source.recipe.options.model.name
+    if source.recipe.task == "detection3d" or _reads_points(name):
+        raise InputError(f"{name} reads LiDAR points: look takes a model of images")
+    return ready(source, torch.device("cpu"))
 
 
-@torch.no_grad()
-def _spread(layer: Layer, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Mean distance in pixels and mean entropy in bits over a grid of queries, per head."""
-    rows, columns = layer.query_grid
-    picks = [
-        (int((i + 0.5) * rows / _QUERIES_PER_SIDE), int((j + 0.5) * columns / _QUERIES_PER_SIDE))
-        for i in range(_QUERIES_PER_SIDE)
-        for j in range(_QUERIES_PER_SIDE)
-    ]
-    distances, entropies = [], []
-    for seen in keys_of_queries(layer, sorted(set(picks))):
-        places = [
-            (torch.arange(count) + 0.5) * side / count
-            for count, side in zip(layer.key_grid, sides, strict=True)
-        ]
-        own = [
-            (at + 0.5) * side / count
-            for at, count, side in zip(seen.query, layer.query_grid, sides, strict=True)
-        ]
-        far = torch.hypot(places[0][:, None] - own[0], places[1][None] - own[1])
-        inside = seen.weights.sum((1, 2)).clamp(min=1e-12)
-        share = seen.weights / inside[:, None, None]
-        distances.append((share * far).sum((1, 2)))
-        entropies.append(-torch.xlogy(share, share).sum((1, 2)) / torch.log(torch.tensor(2.0)))
-    return torch.stack(distances).mean(0), torch.stack(entropies).mean(0)
-
-
-def _plot(lines: Sequence[dict[str, Any]], target: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    titles = {
-        "distance_pixels": "mean distance, pixels",
-        "entropy_bits": "entropy, bits",
-        "importance": "share of importance",
-    }
-    for axes, (key, title) in zip(figure.subplots(3, 1, sharex=True), titles.items(), strict=True):
-        for i, line in enumerate(lines):
-            heads = line.get(key, [])
-            axes.scatter([i] * len(heads), heads, s=12, alpha=0.6, color="tab:red")
-        axes.set_ylabel(title)
-    axes.set_xlabel("layer")
-    figure.savefig(target, dpi=110)
+def _reads_points(name: str) -> bool:
+    try:
+        return info(name).modality == "points"
+    except ValueError:
+        return False  # one of timm's own

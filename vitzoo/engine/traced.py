@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from vitzoo.errors import InputError
 from vitzoo.tasks import Task
+from vitzoo.zoo.files import plain_arguments
 
 # Of a segmenter whose recipe names no size.
 _SIDE = 512
@@ -28,6 +30,7 @@ class Network:
         shape: (channels, height, width) of the input that it is traced with.
         preprocessing: what an image needs before it is that input, in JSON's types.
         outputs: names of what comes out.
+        maps: of an export of features, a line for each output: name, module, channels, stride.
         batched: the input is (B, C, H, W); False for one image (C, H, W).
         first_label: number that the first of the task's labels has in the output.
     """
@@ -36,20 +39,30 @@ class Network:
     shape: tuple[int, int, int]
     preprocessing: dict[str, Any]
     outputs: tuple[str, ...]
+    maps: tuple[dict[str, Any], ...] = ()
     batched: bool = True
     first_label: int = 0
 
 
 class Features(nn.Module):
-    """A backbone as a graph of maps: what `features_only` returns, as a tuple."""
+    """A backbone as a graph of maps: what `features_only` returns, as a tuple.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: any of timm's with `forward_intermediates`.
+        indices: of the maps.
+        norm: whether the model's last norm goes over them.
+    """
+
+    def __init__(self, model: nn.Module, indices: Sequence[int], *, norm: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.indices, self.norm = model, list(indices), norm
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, C, H, W) -> the maps, first to last."""
-        return tuple(self.model.forward_intermediates(x, intermediates_only=True))  # type: ignore[operator]
+        maps = self.model.forward_intermediates(  # type: ignore[operator]
+            x, indices=self.indices, norm=self.norm, intermediates_only=True
+        )
+        return tuple(maps)
 
 
 class Maps(nn.Module):
@@ -87,22 +100,65 @@ def network_of(task: Task, kind: str, *, features: bool = False) -> Network:
         features: the backbone's maps instead of the task's output.
 
     Raises:
-        InputError: another task, or features of a detector.
+        InputError: another task, features of a detector, or a model without maps.
     """
     given: Any = task
     if hasattr(given, "data_config"):
         config = given.data_config()
-        model, names = (Features(given.model), ()) if features else (given.model, ("logits",))
-        return Network(model.eval(), tuple(config["input_size"]), config, names)
+        shape = tuple(config["input_size"])
+        if features:
+            return _of_features(given, shape, config)
+        return Network(given.model.eval(), shape, config, ("logits",))
     if kind == "segmentation":
         height, width = given.options.data.size or (_SIDE, _SIDE)
-        model, names = (Maps(given.model.backbone), ()) if features else (given.model, ("logits",))
         prepared = asdict(given.preparation())
-        return Network(model.eval(), (3, height, width), prepared, names)
+        if features:
+            body = given.model.backbone
+            maps = _lines(["backbone"] * len(body.strides), body.channels, body.strides)
+            return _of_maps(Maps(body), (3, height, width), prepared, maps)
+        return Network(given.model.eval(), (3, height, width), prepared, ("logits",))
     if kind == "detection" and not features:
         return _of_detector(given)
     what = f"features of a run of {kind}" if features else f"a run of {kind}"
     raise InputError(f"{what} cannot be exported: classification, segmentation and detection can")
+
+
+def _of_features(task: Any, shape: tuple[int, int, int], config: dict[str, Any]) -> Network:
+    """The maps of a classifier's backbone, chosen and normed as timm's `features_only` has them."""
+    options = task.options.model
+    try:
+        # Nothing but timm's own wrapper knows which maps those are; this one has no weights.
+        with torch.device("meta"), plain_arguments():
+            wrapper: Any = timm.create_model(
+                options.name, features_only=True, in_chans=options.in_chans, **options.args
+            )
+    except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
+        raise InputError(f"{options.name} has no feature maps: {error}") from None
+    if not hasattr(task.model, "forward_intermediates"):
+        raise InputError(f"{options.name} has no feature maps: it lacks forward_intermediates")
+    info = wrapper.feature_info
+    model = Features(task.model, info.out_indices, norm=getattr(wrapper, "norm", False))
+    lines = _lines(info.module_name(), info.channels(), info.reduction())
+    return _of_maps(model, shape, config, lines)
+
+
+def _of_maps(
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    config: dict[str, Any],
+    maps: tuple[dict[str, Any], ...],
+) -> Network:
+    return Network(model.eval(), shape, config, tuple(line["name"] for line in maps), maps)
+
+
+def _lines(
+    modules: Sequence[str], channels: Sequence[int], strides: Sequence[int]
+) -> tuple[dict[str, Any], ...]:
+    rows = zip(modules, channels, strides, strict=True)
+    return tuple(
+        {"name": f"map_{i}", "module": module, "channels": count, "stride": stride}
+        for i, (module, count, stride) in enumerate(rows)
+    )
 
 
 def _of_detector(task: Any) -> Network:
