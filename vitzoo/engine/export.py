@@ -165,14 +165,7 @@ def export(
     _write(network, to, path, dynamic, precision)
     result = _run_again(source, task, network, to, path, dynamic, precision)
     kind = "features" if features else source.recipe.task
-    facts = _facts(source, task, network, kind) | {
-        "format": to,
-        "precision": precision,
-        "int8_by": QUANTIZED[to] if int8 else None,
-        "dynamic": list(dynamic),
-        "versions": _versions(to, precision),
-        "measured": _measured(result),
-    }
+    facts = _facts(source, task, network, kind) | _of_graph(result, to, dynamic)
     write_atomically(result.sidecar, (json.dumps(facts, indent=2) + "\n").encode())
     return result
 
@@ -226,6 +219,17 @@ def _run_again(
         ratio=ratio,
         accuracy=found,
     )
+
+
+def _of_graph(result: Export, to: str, dynamic: Sequence[str]) -> dict[str, Any]:
+    return {
+        "format": to,
+        "precision": result.precision,
+        "int8_by": QUANTIZED[to] if result.precision == "int8" else None,
+        "dynamic": list(dynamic),
+        "versions": _versions(to, result.precision),
+        "measured": _measured(result),
+    }
 
 
 def _measured(result: Export) -> dict[str, Any]:

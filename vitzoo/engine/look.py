@@ -159,6 +159,18 @@ class Look:
             found.append(line)
         return sorted(found, key=lambda line: -line["weight"])
 
+    def to_dict(self) -> dict[str, Any]:
+        """The layer, the query and all keys in JSON's types."""
+        return {
+            "layer": self.seen.layer,
+            "query": self.seen.query,
+            "query_grid": self.seen.query_grid,
+            "key_grid": self.seen.weights.shape[1:],
+            "head": self.head,
+            "elsewhere": self.elsewhere,
+            "keys": self.keys(),
+        }
+
     def report(self) -> str:
         """What a user reads: the layer, its heaviest keys, what is off the map, the files."""
         seen, keys = self.seen, self.keys()
@@ -215,19 +227,8 @@ def look(
     output.parent.mkdir(parents=True, exist_ok=True)
     drawn = draw_keys(enlarged(picture), seen, head=head)
     with_scale(drawn, weights_of(seen, head).max().item()).save(output)
-    sides = (x.shape[-2], x.shape[-1])
-    found = Look(seen, head, sides, output, output.with_suffix(".json"))
-    facts = {
-        "model": given,
-        "image": path,
-        "layer": seen.layer,
-        "query": seen.query,
-        "query_grid": seen.query_grid,
-        "key_grid": seen.weights.shape[1:],
-        "head": head,
-        "elsewhere": found.elsewhere,
-        "keys": found.keys(),
-    }
+    found = Look(seen, head, (x.shape[-2], x.shape[-1]), output, output.with_suffix(".json"))
+    facts = {"model": given, "image": path} | found.to_dict()
     write_atomically(found.facts, (json.dumps(facts, indent=1) + "\n").encode())
     return found
 

@@ -55,22 +55,25 @@ def profile(
     gradients: Sequence[Tensor | None] = [None] * len(outs)
     if isinstance(logits, Tensor):  # a detector's backbone gives maps, of which none is the best
         gradients = torch.autograd.grad(logits.amax(1).sum(), outs, allow_unused=True)
-    lines = []
-    for layer, gradient in zip(layers, gradients, strict=True):
-        distance, entropy = _spread(layer, sides)
-        line: dict[str, Any] = {
-            "layer": layer.name,
-            "distance_pixels": distance.tolist(),
-            "entropy_bits": entropy.tolist(),
-        }
-        if gradient is not None:
-            effect = (layer.out * gradient).sum(-1).flatten(0, -2).sum(0).abs()
-            line["importance"] = (effect / effect.sum().clamp(min=1e-12)).tolist()
-        lines.append(line)
+    pairs = zip(layers, gradients, strict=True)
+    lines = [_line(layer, gradient, sides) for layer, gradient in pairs]
     facts = {"model": given, "image": path, "queries": _QUERIES_PER_SIDE**2, "layers": lines}
     write_atomically(output.with_suffix(".json"), (json.dumps(facts, indent=2) + "\n").encode())
     draw_profile(lines, output.with_suffix(".png"))
     return lines
+
+
+def _line(layer: Layer, gradient: Tensor | None, sides: tuple[int, int]) -> dict[str, Any]:
+    distance, entropy = _spread(layer, sides)
+    line: dict[str, Any] = {
+        "layer": layer.name,
+        "distance_pixels": distance.tolist(),
+        "entropy_bits": entropy.tolist(),
+    }
+    if gradient is not None:
+        effect = (layer.out * gradient).sum(-1).flatten(0, -2).sum(0).abs()
+        line["importance"] = (effect / effect.sum().clamp(min=1e-12)).tolist()
+    return line
 
 
 @torch.no_grad()
