@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -42,13 +42,30 @@ def _smallest_of_each_kind() -> list[str]:
     return list(kinds.values())
 
 
+def _smallest_of_each_family() -> list[str]:
+    families: dict[str, str] = {}
+    for name in TIER_2:
+        families.setdefault(vitzoo.info(name).family, name)
+    return list(families.values())
+
+
 TIER_0 = [name for name in vitzoo.list_models() if vitzoo.info(name).modality == "image"]
 TIER_1 = [name for name in TIER_0 if parameters(name) < 40 * MILLION]
 TIER_2 = _smallest_of_each_kind()
+TIER_3 = _smallest_of_each_family()
 
 
-def by_name(names: list[str]) -> Callable[[Any], Any]:
-    """Parametrise over models; all checks of one model run on one worker, which builds it once."""
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
-    )
+def by_name(names: list[str], quick: Sequence[str] | None = None) -> Callable[[Any], Any]:
+    """Parametrise over models; all checks of one model run on one worker, which builds it once.
+
+    Args:
+        names: the models.
+        quick: those that are not `slow`; all if None.
+    """
+    found = []
+    for name in names:
+        marks = [pytest.mark.xdist_group(name)]
+        if quick is not None and name not in quick:
+            marks.append(pytest.mark.slow)
+        found.append(pytest.param(name, marks=marks))
+    return pytest.mark.parametrize("name", found)

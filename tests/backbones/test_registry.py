@@ -23,7 +23,7 @@ from timm.models._features_fx import create_feature_extractor, get_graph_node_na
 from torch import Tensor, nn
 
 import vitzoo
-from tests.registry_names import TIER_0, TIER_1, TIER_2, by_name
+from tests.registry_names import TIER_0, TIER_1, TIER_2, TIER_3, by_name
 from vitzoo.attention.choices import record_choices, replay_choices
 
 SMALL = (64, 64)
@@ -249,7 +249,8 @@ def test_images_do_not_see_their_batch(name: str) -> None:
     assert_close(torch.cat(alone), together, 1e-5)
 
 
-# Tier 2: few blocks of each kind here, the whole model in `make test-all`
+# Tier 2: few blocks of each kind here, the whole model in `make test-all`. Of tracing, which costs
+# seconds a model, only the smallest name of each family here (tier 3)
 
 
 FULL = pytest.param(False, marks=pytest.mark.slow, id="full")
@@ -340,7 +341,7 @@ def test_fx_trace_is_exact(name: str, shallow: bool) -> None:
     assert all(p.grad is not None for p in traced.parameters() if p.requires_grad)
 
 
-@by_name(TIER_2)
+@by_name(TIER_2, quick=TIER_3)
 @DEPTHS
 def test_compiles_as_one_graph(name: str, shallow: bool) -> None:
     needs(name, "compile")
@@ -351,7 +352,7 @@ def test_compiles_as_one_graph(name: str, shallow: bool) -> None:
     assert_close(logits(compiled, x), logits(model, x), 1e-5)
 
 
-@by_name(TIER_2)
+@by_name(TIER_2, quick=TIER_3)
 @DEPTHS
 def test_exports_with_dynamic_batch(name: str, shallow: bool) -> None:
     needs(name, "export")
