@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,8 @@ class ModelOptions:
     compile: bool = False
 
 
+logger = logging.getLogger("vitzoo.tasks")
+
 # Where timm finds a folder of weights and configuration, as `vitzoo weights convert` writes it.
 ELSEWHERE = ("local-dir:", "hf-hub:")
 
@@ -67,19 +70,23 @@ def config_of(name: str) -> PretrainedCfg | None:
     Raises:
         InputError: the folder or the repository holds none.
     """
-    if not name.startswith(ELSEWHERE):
-        return timm.get_pretrained_cfg(name)
+    return _read_elsewhere(name)[0] if name.startswith(ELSEWHERE) else timm.get_pretrained_cfg(name)
+
+
+def _read_elsewhere(name: str) -> tuple[PretrainedCfg, str, dict[str, Any]]:
+    """Configuration, architecture and its arguments of a folder or a repository."""
     source, _, place = name.partition(":")
     read = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
     try:
-        found, architecture, _ = read(place)
+        found, architecture, arguments = read(place)
     except Exception as error:
         # A missing file, no network, no JSON, no such key: each loader and client has its own.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{name} has no readable config.json: {reason}") from None
     known_name(architecture)
     fields = {field.name for field in dataclasses.fields(PretrainedCfg)}
-    return PretrainedCfg(**{key: value for key, value in found.items() if key in fields})
+    config = PretrainedCfg(**{key: value for key, value in found.items() if key in fields})
+    return config, architecture, dict(arguments or {})
 
 
 def known_name(name: str, *, elsewhere: bool = False) -> str:
@@ -125,6 +132,8 @@ def create_model(options: ModelOptions, labels: Sequence[str], *, pretrained: bo
         if getattr(options, key) is not None:
             arguments[key] = getattr(options, key)
     load = pretrained and (options.pretrained or options.checkpoint is not None)
+    if pretrained and not load:
+        _warn_of_unused_weights(options.name)
     if load and options.checkpoint is not None:
         path = Path(options.checkpoint).expanduser()
         if not path.is_file():
@@ -186,21 +195,37 @@ def has_other_labels(path: Path, labels: Sequence[str]) -> bool:
     return stored is not None and stored != tuple(labels)
 
 
-def backbone_weights(options: Any, *, pretrained: bool) -> tuple[bool, dict[str, Any]]:
-    """Whether to load weights into a backbone under a head, and timm's argument that says which.
+def backbone_of(options: Any, *, pretrained: bool) -> tuple[str, bool, dict[str, Any]]:
+    """A backbone under a head: timm's name, whether to load weights, and further arguments.
 
     Args:
-        options: a `model` section with `pretrained` and `checkpoint`.
+        options: a `model` section with `name`, `pretrained`, `checkpoint` and `args`.
         pretrained: whether the model starts from them at all.
 
     Raises:
-        InputError: `checkpoint` is no file of plain tensors.
+        InputError: `checkpoint` is no file of plain tensors, or a folder or repository is none.
     """
-    if not pretrained or options.checkpoint is None:
-        return pretrained and options.pretrained, {}
-    path = Path(options.checkpoint).expanduser()
-    check_weights(path)
-    return True, {"pretrained_cfg_overlay": {"file": str(path)}}
+    name, arguments = options.name, dict(options.args)
+    load = pretrained and (options.pretrained or options.checkpoint is not None)
+    if name.startswith(ELSEWHERE):
+        config, name, own = _read_elsewhere(name)
+        own.pop("num_classes", None)  # of a classifier, which the head takes the place of
+        arguments = own | arguments
+        if load:
+            arguments["pretrained_cfg"] = config
+        elif pretrained:
+            _warn_of_unused_weights(options.name)
+    if load and options.checkpoint is not None:
+        path = Path(options.checkpoint).expanduser()
+        check_weights(path)
+        arguments["pretrained_cfg_overlay"] = {"file": str(path), "source": ""}
+    return name, load, arguments
+
+
+def _warn_of_unused_weights(name: str) -> None:
+    """Whoever names a folder or a repository most likely wants its weights, too."""
+    if name.startswith(ELSEWHERE):
+        logger.warning("%s gives the architecture only; with --pretrained its weights, too", name)
 
 
 def refused_pickle(path: str) -> InputError:

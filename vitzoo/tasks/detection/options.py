@@ -13,9 +13,10 @@ class DetectorOptions:
     """The recipe's `model` section; see `build_detector`.
 
     Attributes:
-        name: a backbone of the zoo or of timm, with or without a weight tag.
+        name: a backbone of the zoo or of timm, with or without a weight tag; or `local-dir:FOLDER`
+            or `hf-hub:ORG/NAME` with what `vitzoo weights convert` writes.
         head: `retinanet`, `fcos`, `faster_rcnn` or `mask_rcnn`.
-        pretrained: start the backbone from its published weights.
+        pretrained: start the backbone from its published weights, or from that folder's.
         checkpoint: start the backbone from this file instead, the zoo's, timm's or the authors'.
         drop_path_rate: stochastic depth.
         args: the backbone's other arguments (`window_size`, `dilations`, ...).

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from vitzoo.errors import InputError
 from vitzoo.heads.detection import HEADS, build_detector
-from vitzoo.tasks._models import backbone_weights, freeze, known_name, refused_pickle
+from vitzoo.tasks._models import backbone_of, freeze, known_name, refused_pickle
 from vitzoo.tasks.contract import Batch, Task, TaskData
 from vitzoo.tasks.detection.coco import CocoImages
 from vitzoo.tasks.detection.metrics import coco_metrics, coco_results
@@ -50,7 +50,7 @@ class DetectionTask(Task):
             raise InputError(f"model.head={options.model.head}: there are {', '.join(HEADS)}")
         if not options.data.min_size:
             raise InputError("data.min_size is empty: give at least one side")
-        known_name(options.model.name)
+        known_name(options.model.name, elsewhere=True)
         self.category_ids: list[int] = []
         self.frozen: list[nn.Module] = []
         self.val: CocoImages | None = None
@@ -106,14 +106,12 @@ class DetectionTask(Task):
     def build_model(self, *, pretrained: bool = True) -> nn.Module:
         """The detector for `self.labels`; COCO's ids of the classes travel with its weights."""
         options, data = self.options.model, self.options.data
-        arguments = dict(options.args)
+        name, load, arguments = backbone_of(options, pretrained=pretrained)
         if options.drop_path_rate is not None:
             arguments["drop_path_rate"] = options.drop_path_rate
-        load, weights = backbone_weights(options, pretrained=pretrained)
-        arguments |= weights
         try:
             detector = build_detector(
-                options.name,
+                name,
                 head=options.head,
                 num_classes=len(self.labels),
                 pretrained=load,

@@ -13,9 +13,10 @@ class SegmenterOptions:
     """The recipe's `model` section.
 
     Attributes:
-        name: a backbone of the zoo or of timm, with or without a weight tag.
+        name: a backbone of the zoo or of timm, with or without a weight tag; or `local-dir:FOLDER`
+            or `hf-hub:ORG/NAME` with what `vitzoo weights convert` writes.
         head: `upernet`, `fpn`, `segformer`, `dpt` or `unet`.
-        pretrained: start the backbone from its published weights.
+        pretrained: start the backbone from its published weights, or from that folder's.
         checkpoint: start the backbone from this file instead, the zoo's, timm's or the authors'.
         aux: add the auxiliary classifier on the map of stride 16.
         args: the backbone's arguments (`dilations`, `n_win`, `drop_path_rate`, `depths`, ...).

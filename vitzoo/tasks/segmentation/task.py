@@ -6,14 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitzoo.errors import InputError
 from vitzoo.heads.segmentation import HEADS, build_segmenter
-from vitzoo.tasks._models import backbone_weights, freeze, known_name, refused_pickle
+from vitzoo.tasks._models import backbone_of, config_of, freeze, known_name, refused_pickle
 from vitzoo.tasks.contract import Batch, Task, TaskData
 from vitzoo.tasks.pictures import image_of
 from vitzoo.tasks.segmentation.data import open_pairs
@@ -36,7 +35,7 @@ class SegmentationTask(Task):
     def __init__(self, options: SegmentationOptions) -> None:
         super().__init__(options)
         self._frozen: list[nn.Module] = []
-        known_name(options.model.name)
+        known_name(options.model.name, elsewhere=True)
         if options.model.head not in HEADS:
             raise InputError(f"model.head={options.model.head}: known are {', '.join(HEADS)}")
         if options.model.head == "upernet" and options.data.batch_size < 2:
@@ -70,7 +69,7 @@ class SegmentationTask(Task):
     def preparation(self) -> Preparation:
         """Resizing as the recipe says; mean and std the recipe's, else the backbone's own."""
         data = self.options.data
-        own: Any = timm.get_pretrained_cfg(self.options.model.name)
+        own: Any = config_of(self.options.model.name)
         mean = data.mean or (own.mean if own else (0.485, 0.456, 0.406))
         std = data.std or (own.std if own else (0.229, 0.224, 0.225))
         return Preparation(mean, std, data.short_side, data.long_side)
@@ -78,11 +77,10 @@ class SegmentationTask(Task):
     def build_model(self, *, pretrained: bool = True) -> nn.Module:
         """The segmenter for `self.labels`, frozen as the recipe says."""
         options = self.options.model
-        load, weights = backbone_weights(options, pretrained=pretrained)
-        arguments = options.args | weights
+        name, load, arguments = backbone_of(options, pretrained=pretrained)
         try:
             model = build_segmenter(
-                options.name,
+                name,
                 head=options.head,
                 num_classes=len(self.labels),
                 pretrained=load,
