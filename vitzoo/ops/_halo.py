@@ -283,7 +283,8 @@ def halo_attention_portable(
             queries = _augmented_queries(part, g, axial_bias, missing, rows=rows, scale=scale)
             seen = keys[:, :, rows], values[:, :, rows]
             out[images, rows] = _attend(queries, *seen, scratch, part.shape)
-    return out.flatten(3, 4).flatten(1, 2)[:, : q.shape[1], : q.shape[2]]
+    # Not slices: their symbolic lengths are minima, which nest from block to block.
+    return out.flatten(3, 4).flatten(1, 2).narrow(1, 0, q.shape[1]).narrow(2, 0, q.shape[2])
 
 
 def _attend(
