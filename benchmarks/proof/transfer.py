@@ -13,12 +13,12 @@ FIRST, OTHERS = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]
 BROAD = ["data.train_first=12000", "data.val_first=1000", "schedule.epochs=4", "run.eval_every=4"]
 # Updates enough that both settle: in twenty, whichever starts flatter is ahead.
 BUDGET = [
-    "data.train_first=1000",
+    "data.train_first=300",
     "data.val_first=2500",
     "data.batch_size=20",
     "optim.lr=1e-3",
-    "schedule.epochs=6",
-    "run.eval_every=6",
+    "schedule.epochs=20",
+    "run.eval_every=20",
 ]
 # One run is off by half a point and more, which is what some families gain.
 SEEDS = (1, 2, 3)
