@@ -98,15 +98,15 @@ class Rectangles:
 def schedule(q: Tensor, kernel: str, constants: dict[str, Any], *, biased: bool) -> dict[str, int]:
     """Triton's options for a program, such that no architecture runs out of registers."""
     if q.dtype == torch.float32:
-        many = (
-            max(constants["BLOCK_D"], constants["BLOCK_DV"]) > 32 or constants.get("BIAS") == AXIAL
-        )
+        wide = max(constants["BLOCK_D"], constants["BLOCK_DV"]) > 32
+        many = wide or constants.get("BIAS") == AXIAL
         options = {"num_warps": 8 if many else 4, "num_stages": 1}
-        # The assembler stops at 80 to 168 of its own accord and spills a word or two there.
-        return options if torch.version.hip else options | {"maxnreg": 255}
-    large = constants["BLOCK_M"] * constants["BLOCK_N"] > 1024
-    stages = 2 if kernel == "forward" else 1
-    return {"num_warps": 8 if biased and large else 4, "num_stages": stages}
+    else:
+        large = constants["BLOCK_M"] * constants["BLOCK_N"] > 1024
+        stages = 2 if kernel == "forward" else 1
+        options = {"num_warps": 8 if biased and large else 4, "num_stages": stages}
+    # The assembler stops at 80 to 168 of its own accord and spills a word or two there.
+    return options if torch.version.hip else options | {"maxnreg": 255}
 
 
 def sub_rectangle(sides: tuple[int, int], most: int) -> tuple[int, int]:
