@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._half import widen_where_slow
+from vitzoo.ops._sides import pieces
 
 Border = Literal["zero", "mask", "constant"]
 Pair = tuple[Tensor, Tensor]
@@ -48,11 +49,11 @@ class Geometry:
 
     @property
     def rows(self) -> int:
-        return -(-self.H // self.block)
+        return pieces(self.H, self.block)
 
     @property
     def columns(self) -> int:
-        return -(-self.W // self.block)
+        return pieces(self.W, self.block)
 
     def chunks(self, budget: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
         """Slices of images and of block rows whose scores fit in `budget` bytes."""
@@ -98,7 +99,7 @@ def geometry(
             f"got border {border!r} with fill {'given' if fill is not None else 'missing'}"
         )
     B, H, W, heads, _ = k.shape
-    expected = (-(-H // stride), -(-W // stride))
+    expected = (pieces(H, stride), pieces(W, stride))
     if tuple(q.shape[1:3]) != expected:
         raise ValueError(
             f"keys on a {H}x{W} map at stride {stride} need queries on {expected[0]}x{expected[1]},"

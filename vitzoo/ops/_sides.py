@@ -30,7 +30,8 @@ def smaller(a: int, b: int) -> Any:
 
 def pieces(side: int, size: int) -> int:
     """How many pieces of `size` cover a side; the last may hang over."""
-    # Not -(-side // size): symbolic sides of nested negatives take minutes to simplify.
+    # Not -(-side // size): symbolic sides of nested negatives take minutes to simplify, and ONNX
+    # divides towards zero.
     return (side + size - 1) // size
 
 
