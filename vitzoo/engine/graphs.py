@@ -71,16 +71,24 @@ def _store_as_int8(model: Any) -> None:
 def _write_onnx(
     program: torch.export.ExportedProgram, path: Path, outputs: Sequence[str], *, int8: bool
 ) -> None:
+    from onnxscript import optimizer
+
     made = torch.onnx.export(
         program,
         input_names=[INPUT],
         output_names=list(outputs),
         dynamo=True,
         external_data=False,
+        optimize=False,
         verbose=False,
     )
     if made is None:
         raise RuntimeError("torch.onnx.export made no program")
+    # All but onnxscript's search for patterns, which takes minutes where sides are symbols;
+    # runtimes fuse on their own.
+    optimizer.inline(made.model)
+    optimizer.fold_constants(made.model)
+    optimizer.remove_unused_nodes(made.model)
     if not int8:
         made.save(path, external_data=False)
         return
