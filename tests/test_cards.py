@@ -20,17 +20,16 @@ def test_cards_are_not_stale() -> None:
     assert (ROOT / "MODEL_CARDS.md").read_text() == cards, "run `make cards`"
 
 
-@pytest.mark.parametrize("family", ["davit", "nat", "flatformer"])
+QUICK = ("davit", "nat", "flatformer")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in sorted(MODELS)],
+)
 def test_pictures_are_not_stale(family: str) -> None:
-    """Three quick ones; `make cards` rewrites all."""
     drawn = (ROOT / "docs" / "pictures" / f"{family}.svg").read_text()
     assert drawn == picture(family), "run `make cards`"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(set(MODELS) - {"davit", "nat", "flatformer"}))
-def test_other_pictures_are_not_stale(family: str) -> None:
-    test_pictures_are_not_stale(family)
 
 
 def test_every_family_has_a_picture() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.golden_cases import GoldenCase, draw_input, draw_weight, load_case
 from vitzoo.ops import neighborhood_attention
+from vitzoo.ops.neighborhood import _why_not_triton
 from vitzoo.ops.neighborhood.flat import neighborhood_attention_flat
 from vitzoo.ops.neighborhood.symbolic import neighborhood_attention_symbolic
 
@@ -235,3 +236,12 @@ def test_the_form_for_unknown_sides_is_the_padded_map_cropped(
         bias=bias,
     )
     torch.testing.assert_close(found, expected[:, :H, :W], rtol=1e-5, atol=1e-5)
+
+
+def test_what_runs_out_of_registers_in_triton_is_asked_of_the_computed_dtype() -> None:
+    q = torch.zeros(1, 8, 8, 1, 64)
+    bias = torch.zeros(1, 5, 5, requires_grad=True)
+    assert "registers" in str(_why_not_triton(q, q, q, kernel_size=(3, 3), bias=bias))
+    assert _why_not_triton(q, q, q, kernel_size=(3, 3), bias=bias.detach()) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert _why_not_triton(q, q, q, kernel_size=(3, 3), bias=bias) is None

@@ -74,8 +74,8 @@ class Source:
             if known != len(task.labels):
                 # timm would replace the classifier with a random one.
                 raise InputError(f"{self.title} knows {known} classes, not {len(task.labels)}")
-            file = options.checkpoint and Path(options.checkpoint).expanduser()
-            if file and has_other_labels(file, task.labels):
+            file = options.checkpoint
+            if has_other_labels(file, task.labels):
                 raise InputError(f"{file} was trained for other classes than the data's")
         model = task.build_model(pretrained=self.weights is None)
         if self.weights is not None:

@@ -276,13 +276,12 @@ def _labelled(source: Source, task: Task) -> TaskData:
         raise InputError("an untrained model has none")
     if options.data.root is None and not options.data.name:
         raise InputError("give labelled images as data.root=FOLDER")
-    file = options.model.checkpoint and Path(options.model.checkpoint).expanduser()
     own, task.labels = task.labels, ()
     try:
         data = task.build_data(train=False)
     finally:
         task.labels = own
-    if len(data.labels) != len(own) or (file and has_other_labels(file, data.labels)):
+    if len(data.labels) != len(own) or has_other_labels(options.model.checkpoint, data.labels):
         raise InputError(
             f"the data's {len(data.labels)} classes are not the {len(own)} of {source.title}"
         )

@@ -40,7 +40,8 @@ def lanes(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 64
 
 
-def _dtype(q: Tensor) -> torch.dtype:
+def computed_dtype(q: Tensor) -> torch.dtype:
+    """What the kernels compute in: autocast's type where that is on."""
     device = q.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
 
@@ -53,7 +54,7 @@ def why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"its kernels run on CUDA devices, the tensors are on {q.device.type}."
     if torch.compiler.is_exporting():
         return "an exported graph is to run without triton."
-    if _dtype(q) not in _DTYPES:
+    if computed_dtype(q) not in _DTYPES:
         return f"its kernels take float32, float16 and bfloat16, got {q.dtype}."
     if not torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype:
         return f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}."
@@ -83,6 +84,6 @@ def triton_backend(operator: str, why_not: Callable[..., str | None] | None = No
         given = [q, *args, *kwargs.values()]
         flat = [x for y in given for x in (y if isinstance(y, tuple) else (y,))]
         needs_grad = records_gradient(*(x for x in flat if isinstance(x, Tensor)))
-        return why_not_proven(operator, _dtype(q), needs_grad, q.device.index or 0)
+        return why_not_proven(operator, computed_dtype(q), needs_grad, q.device.index or 0)
 
     return Backend("triton", run, objection, skip)

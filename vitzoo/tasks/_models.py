@@ -189,9 +189,9 @@ def labels_in(path: Path) -> tuple[str, ...] | None:
     return tuple(stored) if stored else None
 
 
-def has_other_labels(path: Path, labels: Sequence[str]) -> bool:
+def has_other_labels(file: str | Path | None, labels: Sequence[str]) -> bool:
     """Whether a run wrote the file for other classes than these, or for these in another order."""
-    stored = labels_in(path)
+    stored = labels_in(Path(file).expanduser()) if file else None
     return stored is not None and stored != tuple(labels)
 
 

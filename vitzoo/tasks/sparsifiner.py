@@ -201,16 +201,16 @@ class SparsifinerTask(ClassificationTask):
         if not any(term in _OF_TEACHER for term in self._weights):
             return None
         distill, count = self.options.distill, len(self.labels)
-        file = distill.teacher_checkpoint and Path(distill.teacher_checkpoint).expanduser()
+        file = distill.teacher_checkpoint
         name = distill.teacher or self.options.model.name
         if file:
-            classes = classes_in(file, name)
+            classes = classes_in(Path(file).expanduser(), name)
         else:
             config = timm.get_pretrained_cfg(name)
             classes = None if config is None else config.num_classes
         if classes is not None and classes != count:
             raise InputError(f"the teacher knows {classes} classes, the data has {count}")
-        if file and has_other_labels(file, self.labels):
+        if has_other_labels(file, self.labels):
             raise InputError(f"the teacher {file} was trained for other classes than the data's")
         options = replace(
             self.options.model,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
-from vitzoo.ops._kernels import triton_backend
+from vitzoo.ops._kernels import computed_dtype, triton_backend
 from vitzoo.ops._onednn import records_gradient
 from vitzoo.ops._optional import natten_backend
 from vitzoo.ops.neighborhood.portable import neighborhood_attention_portable
@@ -29,7 +29,7 @@ def _why_not_triton(
         return f"its kernels take a kernel_size of at most 25, got {max(kernel_size)}."
     if kernel_size[0] == 1 and bias is not None and bias.requires_grad:
         return "its kernels give no gradient for the bias of a line."
-    wide = q.dtype == torch.float32 and q.shape[-1] > 32 and bias is not None
+    wide = computed_dtype(q) == torch.float32 and q.shape[-1] > 32 and bias is not None
     if wide and records_gradient(q, k, v, bias):
         return "its float32 gradients with a bias run out of registers for a head_dim over 32."
     return None
