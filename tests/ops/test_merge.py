@@ -87,3 +87,17 @@ def test_offsets_of_another_shape_are_refused() -> None:
     x, offset, weight, bias = tensors(7, 9).values()
     with pytest.raises(ValueError, match=r"must have the shape \(2, 3, 4, 8\)"):
         deformable_merge(x, offset[:, :2], weight, bias)
+
+
+def test_an_exported_graph_has_no_bags() -> None:
+    given = {name: x.detach() for name, x in tensors(7, 9).items()}
+
+    class Merge(torch.nn.Module):
+        def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+            return deformable_merge(x, offset, given["weight"], given["bias"])
+
+    inputs = (given["x"], given["offset"])
+    program = torch.export.export(Merge(), inputs)
+    assert not [node for node in program.graph.nodes if "embedding_bag" in str(node.target)]
+    expected = deformable_merge(**given, backend="reference")
+    torch.testing.assert_close(program.module()(*inputs), expected, atol=2e-5, rtol=0)

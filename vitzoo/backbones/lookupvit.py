@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from vitzoo.attention import pad_image_to_multiple
 from vitzoo.attention.lookup import LookupBlock
+from vitzoo.attention.positions import resample_positions
 from vitzoo.backbones._build import StateDict, build_backbone, rename, unwrap
 from vitzoo.backbones._registry import ModelInfo, register
 from vitzoo.zoo.entries import DataConfig, timm_configs
@@ -86,8 +87,7 @@ class TokenSets(nn.Module):
         side = self.size(compressed_size)
         grid = tokens.shape[1:3]
         small = [min(side, grid[0]), min(side, grid[1])]
-        positions = resample_abs_pos_embed(pos_embed, list(grid), num_prefix_tokens=0)
-        lookup = tokens + positions.unflatten(1, grid)
+        lookup = tokens + resample_positions(pos_embed, *grid)
         table = pos_embed.unflatten(1, (math.isqrt(pos_embed.shape[1]), -1))
         compressed = resize_map(tokens, small) + resize_map(table, small)
         return lookup, compressed.flatten(1, 2)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._sides import exporting
 
 # Shapes: B batch, H W input map, h w output map, P = kernel_size^2 points of a merged token,
 # C channels in, D channels out. The corners of a bilinear sample are (2, 2).
@@ -81,12 +82,13 @@ def deformable_merge_portable(
     B, H, W, C = x.shape
     index, corner_weight = _bilinear(offset, kernel_size, H, W, x.dtype)
     first_row = torch.arange(0, B * H * W, H * W, device=x.device).view(B, 1, 1, 1, 1, 1)
-    samples = F.embedding_bag(
-        (index + first_row).view(-1, 4),
-        x.reshape(B * H * W, C),
-        per_sample_weights=corner_weight.to(x.dtype).view(-1, 4),
-        mode="sum",
-    )
+    rows, pixels = (index + first_row).view(-1, 4), x.reshape(B * H * W, C)
+    corner_weight = corner_weight.to(x.dtype).view(-1, 4)
+    if exporting():
+        # ONNX knows bags as a loop with a step for each, and OpenVINO does not convert it.
+        samples = (pixels[rows] * corner_weight[..., None]).sum(1)
+    else:
+        samples = F.embedding_bag(rows, pixels, per_sample_weights=corner_weight, mode="sum")
     by_point = weight.permute(0, 2, 3, 1).flatten(1)  # (D, P * C)
     return F.linear(samples.view(B, h, w, kernel_size**2 * C), by_point, bias)
 

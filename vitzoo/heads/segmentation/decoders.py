@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitzoo.errors import missing_extra
+from vitzoo.heads.segmentation.pooling import AdaptiveAvgPool2d
 
 Maps = list[Tensor]
 
@@ -56,6 +57,8 @@ def _upernet(channels: Sequence[int], classes: int, *, decoder_channels: int = 2
     from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 
     decoder = UPerNetDecoder(_smp(channels), decoder_channels=decoder_channels)
+    for block in decoder.psp.blocks:
+        block[0] = AdaptiveAvgPool2d(block[0].output_size)
     return Decoder(
         decoder, SegmentationHead(decoder_channels, classes, kernel_size=1, upsampling=4), _levels
     )
