@@ -25,6 +25,7 @@ from vitzoo.integrations.mmseg import VitzooBackbone, install_stand_in
 from vitzoo.integrations.mmseg.ops import point_sample, sigmoid_focal_loss
 
 CONFIGS = sorted(Path("configs/mmseg").glob("*.py"))
+LITV2 = "configs/mmseg/litv2-small-fpn-80k-ade20k.py"
 SMALL: dict[str, Any] = {
     "depths": [1, 1, 1, 1],
     "embed_dims": [8, 16, 16, 24],
@@ -246,6 +247,21 @@ def test_the_authors_segmenters_load_by_their_own_names(
     assert sum(value.numel() for value in weights.values()) >= sum(
         after[key].numel() for key in after if key not in kept
     )
+
+
+def test_the_authors_litv2_segmenter_has_a_norm_on_every_stage() -> None:
+    weights = load_case("litv2", "litv2_small_dense_224").weights()
+    weights |= {"norm0.weight": torch.full((96,), 3.0), "norm0.bias": torch.full((96,), 2.0)}
+    model, config = torch.nn.Module(), Config.fromfile(LITV2).model.backbone
+    config.pretrained = None
+    model.backbone = build(config)
+    given = {f"backbone.{key}": value for key, value in weights.items()}
+    found = model.load_state_dict(given, strict=False)
+    assert not found.missing_keys
+    assert not found.unexpected_keys
+    norm = model.backbone.maps.model.get_submodule("norm0")
+    assert (norm.weight == 3).all()
+    assert (norm.bias == 2).all()
 
 
 def test_pretrained_files_and_frozen_stages(tmp_path: Path) -> None:
