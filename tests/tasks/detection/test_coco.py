@@ -22,6 +22,7 @@ from vitzoo.tasks.detection.augment import crop
 from vitzoo.tasks.detection.coco import CocoImages
 from vitzoo.tasks.detection.masks import mask_of
 from vitzoo.tasks.detection.metrics import coco_metrics, coco_results
+from vitzoo.tasks.detection.result import Objects
 from vitzoo.tasks.scenes.build import run_lengths
 
 WIDTH, HEIGHT = 60, 40
@@ -137,6 +138,38 @@ def test_nothing_found_defines_the_same_figures(tmp_path: Path) -> None:
     for one in crowds["annotations"]:
         one["iscrowd"] = 1
     assert coco_metrics(crowds, [], masks=True) == {}
+
+
+def test_predictions_from_json_have_the_same_figures(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = opened(tmp_path, content())
+    truth = data.truth([1, 2, 3])
+    direct: list[dict[str, Any]] = []
+    reread: list[dict[str, Any]] = []
+    for sample in (data[i] for i in range(3)):
+        count = len(sample["boxes"])
+        boxes = sample["boxes"] + 2.5 * torch.rand(count, 4)
+        scores, masks = torch.rand(count), sample["masks"].roll(2, -1)
+        found = {"boxes": boxes, "labels": sample["labels"], "scores": scores}
+        found["masks"] = masks[:, None].float()
+        direct += coco_results(found, sample["image_id"], data.category_ids)
+        result = Objects(
+            source=f"{sample['image_id']}.png",
+            boxes=boxes,
+            scores=scores,
+            indices=sample["labels"] - 1,
+            masks=masks.bool(),
+            labels=data.labels,
+            category_ids=tuple(data.category_ids),
+            image=Image.new("RGB", (WIDTH, HEIGHT)),
+        )
+        written = json.loads(json.dumps(result.to_dict()))
+        reread += [{**one, "image_id": sample["image_id"]} for one in written["objects"]]
+    assert {one["category_id"] for one in reread} == {7}
+    figures = coco_metrics(truth, direct, masks=True)
+    assert 0 < figures["box_AP"] < 100
+    assert 0 < figures["mask_AP"] < 100
+    assert coco_metrics(truth, reread, masks=True) == figures
 
 
 def test_crowds_are_neither_learned_nor_judged(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def coco_metrics(
 
     Args:
         truth: a COCO file's content, of the images to judge.
-        results: in the form of COCO's result files.
+        results: in the form of COCO's result files; run lengths of masks may be lists, as
+            `Objects.to_dict` gives them.
         masks: also judge masks.
     """
     kinds = {"box": "bbox"} | ({"mask": "segm"} if masks else {})
@@ -90,6 +91,7 @@ def _stats(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> A
         else:
             # With a box present, its area would count as the mask's size.
             one.pop("bbox", None)
+            one["segmentation"] = _compressed(one["segmentation"])
     with contextlib.redirect_stdout(io.StringIO()):
         reference = COCO()
         reference.dataset = own
@@ -102,6 +104,16 @@ def _stats(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> A
         judged.accumulate()
         judged.summarize()
     return judged.stats
+
+
+def _compressed(runs: dict[str, Any]) -> dict[str, Any]:
+    """Run lengths in the only form that pycocotools takes of results."""
+    from pycocotools import mask
+
+    if not isinstance(runs["counts"], list):
+        return runs
+    found: dict[str, Any] = mask.frPyObjects(runs, *runs["size"])
+    return found
 
 
 def _area(reference: Any, annotation: dict[str, Any], kind: str) -> float:
