@@ -1,6 +1,6 @@
-# DiNAT_s-Large (arXiv 2209.15001). Published: 53.4 mIoU,
-# 54.6 with several scales. Dilations are the authors' for this task; they hold no parameters. The figure was
-# reached at 640, for which no dilations were published: these are those of 512.
+# DiNAT_s-Large (arXiv 2209.15001) with the dilations that its authors give for crops of 512. They
+# reached 53.4 mIoU, 54.6 with several scales, at 640, for which they published no dilations: those
+# figures are not of this setting.
 _base_ = ["./_base_/upernet_160k.py"]
 model = dict(
     backbone=dict(

@@ -25,6 +25,7 @@ from vitzoo.integrations.mmseg import VitzooBackbone, install_stand_in
 from vitzoo.integrations.mmseg.ops import point_sample, sigmoid_focal_loss
 
 CONFIGS = sorted(Path("configs/mmseg").glob("*.py"))
+LITV2 = "configs/mmseg/litv2-small-fpn-80k-ade20k.py"
 SMALL: dict[str, Any] = {
     "depths": [1, 1, 1, 1],
     "embed_dims": [8, 16, 16, 24],
@@ -148,6 +149,89 @@ def test_configs_build(path: Path) -> None:
     assert list(backbone.channels) == list(expected)
 
 
+# The sheets' drop path, learning rate and images of a process; the authors' size of crops.
+SETTINGS = {
+    "biformer-base-fpn": (0.3, 2e-4, 4, 512),
+    "biformer-base-upernet": (0.4, 6e-5, 2, 512),
+    "biformer-small-fpn": (0.15, 2e-4, 4, 512),
+    "biformer-small-upernet": (0.3, 6e-5, 2, 512),
+    "davit-base-upernet": (0.3, 6e-5, 2, 512),
+    "davit-small-upernet": (0.3, 6e-5, 2, 512),
+    "davit-tiny-upernet": (0.3, 6e-5, 2, 512),
+    "dinat-base-upernet": (0.5, 6e-5, 2, 512),
+    "dinat-large-upernet": (0.3, 6e-5, 2, 640),
+    "dinat-mini-upernet": (0.2, 6e-5, 2, 512),
+    "dinat-small-upernet": (0.5, 6e-5, 2, 512),
+    "dinat-tiny-upernet": (0.3, 6e-5, 2, 512),
+    "dinat_s-base-upernet": (0.5, 6e-5, 2, 512),
+    "dinat_s-large-upernet": (0.3, 6e-5, 2, 640),
+    "dinat_s-small-upernet": (0.5, 6e-5, 2, 512),
+    "dinat_s-tiny-upernet": (0.3, 6e-5, 2, 512),
+    "litv2-base-fpn": (0.3, 1e-4, 2, 512),
+    "litv2-medium-fpn": (0.2, 1e-4, 2, 512),
+    "litv2-small-fpn": (0.2, 1e-4, 2, 512),
+    "nat-base-upernet": (0.5, 6e-5, 2, 512),
+    "nat-mini-upernet": (0.2, 6e-5, 2, 512),
+    "nat-small-upernet": (0.5, 6e-5, 2, 512),
+    "nat-tiny-upernet": (0.3, 6e-5, 2, 512),
+}
+# Stage by stage; the third repeats.
+DILATIONS = {
+    "dinat": ((1, 16, 1), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2, 1, 2, 1)),
+    "dinat-large": (
+        (1, 20, 1),
+        (1, 5, 1, 10),
+        (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5),
+        (1, 2, 1, 2, 1),
+    ),
+    "dinat_s": ((1, 16), (1, 8), (1, 2, 1, 3, 1, 4), (1, 2)),
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_hold_the_authors_settings(path: Path) -> None:
+    name = path.stem.rpartition("-ade20k")[0].rpartition("-")[0]
+    family = name.partition("-")[0]
+    drop_path, rate, images, crop = SETTINGS[name]
+    config = Config.fromfile(path)
+    assert config.model.backbone.drop_path_rate == drop_path
+    assert config.optim_wrapper.optimizer.lr == rate
+    assert config.train_dataloader.batch_size == images
+    assert config.model.test_cfg.mode == "whole"
+    assert config.train_cfg.max_iters == (80000 if name.endswith("fpn") else 160000)
+    sizes = {step.type: step for step in config.train_dataloader.dataset.pipeline}
+    used = sizes["RandomCrop"].crop_size
+    assert tuple(config.model.data_preprocessor.size) == tuple(used)
+    assert sizes["RandomResize"].scale == (4 * used[0], used[0])
+    # A figure heads the setting that it was reached in, and no other.
+    assert ("Published:" in path.read_text()) == (tuple(used) == (crop, crop))
+
+    config.model.backbone.pretrained = None
+    with torch.device("meta"):
+        model = build(config.model.backbone).maps.model
+    assert model.norm_indices == (0, 1, 2, 3)
+    if family == "biformer":
+        regions = [m.n_win for m in model.modules() if hasattr(m, "n_win")]
+        assert regions
+        assert set(regions) == {8}
+    if family == "litv2":
+        windows = [
+            {m.window_size for m in stage.modules() if hasattr(m, "window_size")}
+            for stage in model.stages
+        ]
+        assert windows == [set(), set(), {2}, {1}]
+    if family in ("nat", "dinat", "dinat_s"):
+        table = DILATIONS.get(name.rpartition("-")[0], DILATIONS.get(family, ((1,),) * 4))
+        for stage, pattern in zip(model.stages, table, strict=True):
+            found = [
+                m.dilation
+                for m in stage.modules()
+                if hasattr(m, "kernel_size") and hasattr(m, "rpb")
+            ]
+            assert found == [pattern[i % len(pattern)] for i in range(len(found))]
+            assert len(found) >= len(pattern)
+
+
 def runner_config(folder: Path, **values: Any) -> Config:
     """Two iterations on generated pictures, then validation."""
     data = folder / "data"
@@ -246,6 +330,21 @@ def test_the_authors_segmenters_load_by_their_own_names(
     assert sum(value.numel() for value in weights.values()) >= sum(
         after[key].numel() for key in after if key not in kept
     )
+
+
+def test_the_authors_litv2_segmenter_has_a_norm_on_every_stage() -> None:
+    weights = load_case("litv2", "litv2_small_dense_224").weights()
+    weights |= {"norm0.weight": torch.full((96,), 3.0), "norm0.bias": torch.full((96,), 2.0)}
+    model, config = torch.nn.Module(), Config.fromfile(LITV2).model.backbone
+    config.pretrained = None
+    model.backbone = build(config)
+    given = {f"backbone.{key}": value for key, value in weights.items()}
+    found = model.load_state_dict(given, strict=False)
+    assert not found.missing_keys
+    assert not found.unexpected_keys
+    norm = model.backbone.maps.model.get_submodule("norm0")
+    assert (norm.weight == 3).all()
+    assert (norm.bias == 2).all()
 
 
 def test_pretrained_files_and_frozen_stages(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,9 @@ class Maps(nn.Module):
         name: for `timm.create_model`.
         strides: wanted ones.
         pretrained: load published weights.
+        norm_all: output norms on all the wanted maps of a backbone that has such norms, unless
+            `norm_indices` says which. LITv2's detectors go without the first, its segmenters have
+            it.
         **kwargs: for `timm.create_model`.
 
     Raises:
@@ -65,12 +69,18 @@ class Maps(nn.Module):
     channels: tuple[int, ...]
 
     def __init__(
-        self, name: str, *, strides: Sequence[int], pretrained: bool = False, **kwargs: Any
+        self,
+        name: str,
+        *,
+        strides: Sequence[int],
+        pretrained: bool = False,
+        norm_all: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         self.strides = tuple(strides)
         common: dict[str, Any] = {"features_only": True, "feature_cls": "getter", **kwargs}
-        indices, dense = _plan(name, common, self.strides)
+        indices, dense = _plan(name, common, self.strides, norm_all=norm_all)
         self.body = timm.create_model(
             name, pretrained=pretrained, out_indices=indices, **{**common, **dense}
         )
@@ -93,8 +103,29 @@ class Maps(nn.Module):
         return maps if self.pyramid is None else self.pyramid(maps[0])
 
 
+def groups_under(prefix: str, matcher: dict[str, Any]) -> dict[str, Any]:
+    """timm's group matcher of a model that is a part of another one.
+
+    Args:
+        prefix: of the part's parameters, such as `backbone.`.
+        matcher: of the part alone: name -> pattern, or list of (pattern, suffix).
+    """
+
+    def moved(pattern: str) -> str:
+        # timm holds patterns against a name's start, and so each of their alternatives.
+        alternatives = re.sub(r"(^|\|)\^", r"\1", pattern)
+        return f"^{re.escape(prefix)}(?:{alternatives})"
+
+    return {
+        name: moved(given)
+        if isinstance(given, str)
+        else [(moved(pattern), suffix) for pattern, suffix in given]
+        for name, given in matcher.items()
+    }
+
+
 def _plan(
-    name: str, common: dict[str, Any], strides: tuple[int, ...]
+    name: str, common: dict[str, Any], strides: tuple[int, ...], *, norm_all: bool
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Indices of the feature maps to take, and the arguments of the dense version."""
     found = _reductions(name, common)
@@ -114,6 +145,8 @@ def _plan(
     normed = getattr(dense.model, "norm_indices", None)
     if normed is None:
         return indices, {"dense": True}
+    if norm_all and normed and "norm_indices" not in common:
+        normed = indices
     # A norm whose map is not taken would be a parameter without a gradient.
     wanted = tuple(i for i in normed if i in indices)
     return indices, {"dense": True, "norm_indices": wanted}

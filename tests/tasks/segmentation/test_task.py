@@ -174,6 +174,43 @@ def test_ade20k_and_cityscapes_layouts(tmp_path: Path) -> None:
     assert (len(pairs.labels), pairs.labels[0], pairs.labels[13]) == (19, "road", "car")
     assert pairs.read(0)[1].tolist() == [[255, 0, 13, 18]]
 
+    for path in city.rglob("*.png"):
+        Image.fromarray(np.array([[255, 34]], np.uint8)).save(path)
+    with pytest.raises(UnreadableSample, match="label 34 at x=1, y=0, but labels are 0 to 33"):
+        pairs.read(0)
+
+
+def test_a_mask_may_hold_the_ignored_number_beside_a_zero_that_is_ignored(tmp_path: Path) -> None:
+    root = squares(tmp_path)
+    for path in (root / "masks").rglob("*.png"):
+        values = np.asarray(Image.open(path)).astype(int)
+        Image.fromarray(np.where(values == 255, 255, values + 1).astype(np.uint8)).save(path)
+    data = task_of(root, "data.zero_is_ignored=true").build_data()
+    assert data.val[0][1].unique().tolist() == [0, 1, 255]
+    with pytest.raises(InputError, match=r"data\.ignore_index=1 is a label of folder's 2 classes"):
+        task_of(root, "data.zero_is_ignored=true", "data.ignore_index=1").build_data()
+
+
+@pytest.mark.parametrize(
+    ("palette", "message"),
+    [
+        ("[[1,2,3]]", "has 1 colours for 2 classes"),
+        ("[[1,2,3],[4,5,6],[7,8,9]]", "has 3 colours for 2 classes"),
+        ("[[1,2],[4,5]]", r"\[1, 2\] is not red, green, blue"),
+        ("[[1,2,300],[4,5,6]]", r"\[1, 2, 300\] is not red, green, blue"),
+        ("[[1,2,3],[1,2,3]]", "has a colour twice"),
+    ],
+)
+def test_palettes_that_name_no_class(tmp_path: Path, palette: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        task_of(squares(tmp_path), f"data.palette={palette}").build_data()
+
+
+def test_cityscapes_is_drawn_in_its_own_colours() -> None:
+    task = SegmentationTask(merge(NARROW, ["data.name=cityscapes", "data.classes=[]"]).options)
+    task.labels = tuple(str(i) for i in range(19))
+    assert task._palette()[13].tolist() == [0, 0, 142]
+
 
 def test_figures_agree_with_torchmetrics() -> None:
     from torchmetrics.functional.classification import multiclass_jaccard_index

@@ -12,7 +12,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 from vitzoo.heads.detection.fpn import FeaturePyramid
-from vitzoo.heads.pyramid import Maps
+from vitzoo.heads.pyramid import Maps, groups_under
 
 _RATIOS = (0.5, 1.0, 2.0)
 _SIZES = (32, 64, 128, 256, 512)
@@ -63,8 +63,8 @@ class _Detector(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups of the backbone; FPN and heads are in the last."""
-        groups = self.backbone.maps.model.group_matcher(coarse=coarse)  # type: ignore[operator]
-        return {key: _prefixed(value) for key, value in groups.items()}
+        groups: Any = self.backbone.maps.model.group_matcher
+        return groups_under(_PREFIX, groups(coarse=coarse))
 
     def no_weight_decay(self) -> set[str]:
         """The backbone's parameters without weight decay."""
@@ -77,12 +77,6 @@ class _Detector(nn.Module):
 
 
 _PREFIX = "backbone.maps.body.model."
-
-
-def _prefixed(pattern: Any) -> Any:
-    if isinstance(pattern, str):
-        return f"^{_PREFIX}".replace(".", r"\.") + pattern.removeprefix("^")
-    return [(_prefixed(one[0]), *one[1:]) for one in pattern]
 
 
 class _RetinaNet(_Detector, RetinaNet):

@@ -8,11 +8,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitzoo.heads.pyramid import Maps
+from vitzoo.heads.pyramid import Maps, groups_under
 from vitzoo.heads.segmentation.decoders import AuxiliaryHead, Decoder, build_decoder
 from vitzoo.ops._sides import overhang
 
 STRIDES = (4, 8, 16, 32)
+_PREFIX = "backbone.body.model."
 
 
 class Segmenter(nn.Module):
@@ -58,22 +59,12 @@ class Segmenter(nn.Module):
         """The backbone's parameters without weight decay, under their names here."""
         # Not all of timm's models have any.
         own: Any = getattr(self.backbone.model, "no_weight_decay", set)
-        return {f"backbone.body.model.{name}" for name in own()}
+        return {f"{_PREFIX}{name}" for name in own()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layer groups of the backbone; decoder and classifiers are the last group."""
-        return _prefixed(self.backbone.model.group_matcher(coarse=coarse))  # type: ignore[operator]
-
-
-def _prefixed(pattern: Any) -> Any:
-    """A group matcher's patterns for the model as a part of this one."""
-    if isinstance(pattern, str):
-        return "^backbone.body.model." + pattern.removeprefix("^")
-    if isinstance(pattern, dict):
-        return {key: _prefixed(value) for key, value in pattern.items()}
-    if isinstance(pattern, list):
-        return [(_prefixed(part), *rest) for part, *rest in pattern]
-    return pattern
+        groups: Any = self.backbone.model.group_matcher
+        return groups_under(_PREFIX, groups(coarse=coarse))
 
 
 def build_segmenter(
@@ -105,7 +96,7 @@ def build_segmenter(
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    backbone = Maps(name, strides=STRIDES, pretrained=pretrained, **backbone_args)
+    backbone = Maps(name, strides=STRIDES, pretrained=pretrained, norm_all=True, **backbone_args)
     decoder = build_decoder(head, backbone.channels, num_classes, **(head_args or {}))
     auxiliary = AuxiliaryHead(backbone.channels[2], num_classes) if aux else None
     return Segmenter(backbone, decoder, auxiliary)

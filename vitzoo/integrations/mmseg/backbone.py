@@ -69,7 +69,9 @@ class VitzooBackbone(BaseModule):
         if drop_path_rate is not None:
             arguments["drop_path_rate"] = drop_path_rate
         strides = [_STRIDES[i] for i in out_indices]
-        self.maps = Maps(name, strides=strides, pretrained=pretrained is True, **arguments)
+        self.maps = Maps(
+            name, strides=strides, pretrained=pretrained is True, norm_all=True, **arguments
+        )
         self.channels = self.maps.channels
         self.norms = nn.ModuleList(
             build_norm_layer(output_norm, channels)[1] if output_norm else nn.Identity()

@@ -13,6 +13,9 @@ Sample = dict[str, Any]
 # that is then cut from it.
 _SHORT_SIDES = (400, 500, 600)
 _WINDOW = (384, 600)
+# Pixels. A thinner box can lose its area to rounding when it is moved and resized in float32, and
+# torchvision stops a whole run at one. COCO's own corners have two decimals.
+LEAST_SIDE = 0.005
 
 
 def mirror(sample: Sample) -> None:
@@ -40,7 +43,7 @@ def crop(sample: Sample) -> None:
     corner = torch.tensor([x, y, x, y], dtype=torch.float32)
     limit = torch.tensor([wide, tall, wide, tall], dtype=torch.float32)
     boxes = (sample["boxes"] - corner).clamp(min=0).minimum(limit)
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    kept = (boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1)
     sample["boxes"], sample["labels"] = boxes[kept], sample["labels"][kept]
     if "masks" in sample:
         sample["masks"] = sample["masks"][kept, y : y + tall, x : x + wide]

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from vitzoo.errors import InputError
 from vitzoo.tasks.contract import UnreadableSample
-from vitzoo.tasks.detection.augment import Sample, crop, mirror
+from vitzoo.tasks.detection.augment import LEAST_SIDE, Sample, crop, mirror
+from vitzoo.tasks.detection.masks import mask_of
 from vitzoo.tasks.pictures import open_image
 
 logger = logging.getLogger("vitzoo.data")
@@ -81,27 +83,46 @@ class CocoImages(Dataset[Sample]):
         return len(self.images)
 
     def truth(self, image_ids: list[Any]) -> dict[str, Any]:
-        """The file's content for some images."""
+        """The file's content for some images; an image's size, where it has none, is read."""
         kept = set(image_ids)
         return {
-            "images": [one for one in self.images if one["id"] in kept],
+            "images": [self._with_size(one) for one in self.images if one["id"] in kept],
             "annotations": [a for image in image_ids for a in self.by_image.get(image, [])],
             "categories": self.categories,
         }
 
+    def _with_size(self, record: dict[str, Any]) -> dict[str, Any]:
+        if _has_size(record):
+            return record
+        # Polygons have no size of their own, so the evaluation cannot draw them without.
+        with Image.open(self._file(record)) as image:
+            return {**record, "width": image.width, "height": image.height}
+
+    def _file(self, record: dict[str, Any]) -> Path:
+        return self.folder / str(record["file_name"])
+
     def __getitem__(self, index: int) -> Sample:
         record = self.images[index]
-        path = self.folder / str(record["file_name"])
+        path = self._file(record)
         image = open_image(path, where=str(path))
-        boxes, labels, masks = [], [], []
+        if _has_size(record) and image.size != (record["width"], record["height"]):
+            raise UnreadableSample(
+                str(path),
+                f"the image is {image.width} x {image.height}, but {record['width']} x "
+                f"{record['height']} in {self.path.name}",
+            )
+        boxes, labels = [], []
+        masks: list[Any] = []
         for one in self.by_image.get(record["id"], []):
+            where = f"annotation {one.get('id')} of {path} ({self.path.name})"
+            # A crowd is checked, too: the evaluation reads it.
+            box, label = _box(one, image.size, where), self._label(one, where)
+            mask = mask_of(one, image.size, where) if self.masks else None
             if one.get("iscrowd"):
                 continue
-            where = f"annotation {one.get('id')} of {path} ({self.path.name})"
-            boxes.append(_box(one, image.size, where))
-            labels.append(self._label(one, where))
-            if self.masks:
-                masks.append(_mask(one, image.size, where))
+            boxes.append(box)
+            labels.append(label)
+            masks.append(mask)
         width, height = image.size
         sample: Sample = {
             "image": pil_to_tensor(image).float() / 255,
@@ -121,7 +142,7 @@ class CocoImages(Dataset[Sample]):
     def _label(self, one: dict[str, Any], where: str) -> int:
         try:
             return self.label_of[one["category_id"]]
-        except KeyError:
+        except (KeyError, TypeError):
             known = ", ".join(str(number) for number in self.label_of)
             raise UnreadableSample(
                 where, f"category id {one.get('category_id')} is none of the file's: {known}"
@@ -134,6 +155,16 @@ _WANTED = {
     "annotations": ("image_id",),
     "categories": ("id", "name"),
 }
+# What these are looked up by, and what a model's file keeps its categories as.
+_IDS: tuple[tuple[str, str, tuple[type, ...]], ...] = (
+    ("images", "id", (int, str)),
+    ("annotations", "image_id", (int, str)),
+    ("categories", "id", (int,)),
+)
+
+
+def _has_size(record: dict[str, Any]) -> bool:
+    return isinstance(record.get("width"), int) and isinstance(record.get("height"), int)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -150,6 +181,13 @@ def _read(path: Path) -> dict[str, Any]:
             missing = [name for name in wanted if not isinstance(one, dict) or name not in one]
             if missing:
                 raise InputError(f"{path} is not COCO's form: {key}[{i}] has no {missing[0]!r}")
+    for key, name, kinds in _IDS:
+        for i, one in enumerate(content[key]):
+            if type(one[name]) not in kinds:
+                raise InputError(
+                    f"{path} is not COCO's form: {key}[{i}] has {name} {one[name]!r}, not "
+                    + " or ".join({int: "a whole number", str: "a text"}[kind] for kind in kinds)
+                )
     for key in ("images", "categories"):
         if not content[key]:
             raise InputError(f"{path} lists no {key}")
@@ -167,7 +205,7 @@ def _box(one: dict[str, Any], size: tuple[int, int], where: str) -> list[float]:
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in given):
         raise UnreadableSample(where, f"its box {given} is not four numbers")
     x, y, width, height = (float(value) for value in given)
-    if not (width > 0 and height > 0):
+    if width < LEAST_SIDE or height < LEAST_SIDE:
         raise UnreadableSample(where, f"its box {given} has no area")
     # Annotators' tools round: COCO's own boxes leave the image by fractions of a pixel.
     if x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
@@ -176,35 +214,6 @@ def _box(one: dict[str, Any], size: tuple[int, int], where: str) -> list[float]:
         )
     x0, y0 = max(x, 0.0), max(y, 0.0)
     x1, y1 = min(x + width, float(size[0])), min(y + height, float(size[1]))
-    if x1 <= x0 or y1 <= y0:
+    if min(x1 - x0, y1 - y0) < LEAST_SIDE:
         raise UnreadableSample(where, f"its box {given} has no area inside the image")
     return [x0, y0, x1, y1]
-
-
-def _mask(one: dict[str, Any], size: tuple[int, int], where: str) -> Any:
-    """(H, W) uint8 from polygons or run lengths."""
-    from pycocotools import mask as coco_mask
-
-    given = one.get("segmentation")
-    width, height = size
-    try:
-        if isinstance(given, dict):
-            if list(given["size"]) != [height, width]:
-                found = " x ".join(str(side) for side in reversed(given["size"]))
-                raise UnreadableSample(where, f"its mask is {found}, the image {width} x {height}")
-            runs = given
-            if isinstance(given["counts"], list):
-                if sum(given["counts"]) != width * height:
-                    raise UnreadableSample(
-                        where,
-                        f"its run lengths hold {sum(given['counts'])} pixels, the image "
-                        f"{width * height}",
-                    )
-                runs = coco_mask.frPyObjects(given, height, width)
-        elif given:
-            runs = coco_mask.merge(coco_mask.frPyObjects(given, height, width))
-        else:
-            raise UnreadableSample(where, "it has no mask")
-        return coco_mask.decode(runs).astype(np.uint8)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UnreadableSample(where, f"its mask is not COCO's form: {error}") from None

@@ -57,7 +57,8 @@ def coco_metrics(
 
     Args:
         truth: a COCO file's content, of the images to judge.
-        results: in the form of COCO's result files.
+        results: in the form of COCO's result files; run lengths of masks may be lists, as
+            `Objects.to_dict` gives them.
         masks: also judge masks.
     """
     kinds = {"box": "bbox"} | ({"mask": "segm"} if masks else {})
@@ -79,23 +80,57 @@ def _stats(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> A
     # pycocotools writes into the dictionaries that it is given, and prints.
     given = [dict(one) for one in results]
     own = {key: [dict(one) for one in value] for key, value in truth.items()}
-    for one in own["annotations"]:
+    for number, one in enumerate(own["annotations"], start=1):
+        # It takes an id of 0 for "none", and annotations of one id for one: files of other tools
+        # count from 0, or anew in every image, or have no ids.
+        one["id"] = number
         one.setdefault("iscrowd", 0)
-        one.setdefault("area", one["bbox"][2] * one["bbox"][3])
     for one in given:
         if kind == "bbox":
             one.pop("segmentation", None)
         else:
             # With a box present, its area would count as the mask's size.
             one.pop("bbox", None)
+            one["segmentation"] = _compressed(one["segmentation"])
     with contextlib.redirect_stdout(io.StringIO()):
         reference = COCO()
         reference.dataset = own
         reference.createIndex()
-        if not given:
-            return [0.0 if own["annotations"] else -1.0] * len(_NAMES)
-        judged = COCOeval(reference, reference.loadRes(given), kind)
+        for one in own["annotations"]:
+            if "area" not in one:
+                one["area"] = _area(reference, one, kind)
+        judged = COCOeval(reference, _found(reference, given), kind)
         judged.evaluate()
         judged.accumulate()
         judged.summarize()
     return judged.stats
+
+
+def _compressed(runs: dict[str, Any]) -> dict[str, Any]:
+    """Run lengths in the only form that pycocotools takes of results."""
+    from pycocotools import mask
+
+    if not isinstance(runs["counts"], list):
+        return runs
+    found: dict[str, Any] = mask.frPyObjects(runs, *runs["size"])
+    return found
+
+
+def _area(reference: Any, annotation: dict[str, Any], kind: str) -> float:
+    from pycocotools import mask
+
+    if kind == "bbox":
+        return float(annotation["bbox"][2] * annotation["bbox"][3])
+    return float(mask.area(reference.annToRLE(annotation)))
+
+
+def _found(reference: Any, results: list[dict[str, Any]]) -> Any:
+    """The results as pycocotools holds them; its own loading stops where there are none."""
+    from pycocotools.coco import COCO
+
+    if results:
+        return reference.loadRes(results)
+    nothing = COCO()
+    nothing.dataset = {**reference.dataset, "annotations": []}
+    nothing.createIndex()
+    return nothing

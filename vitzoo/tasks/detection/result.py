@@ -40,7 +40,11 @@ class Objects:
     image: Image.Image = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """`source`, `size` and `objects` in JSON's types, boxes and masks in COCO's forms."""
+        """`source`, `size` and `objects` in JSON's types, boxes and masks in COCO's forms.
+
+        Masks are run lengths as lists, which need no package to be read; `coco_metrics` takes
+        them, pycocotools' `loadRes` after its own `mask.frPyObjects`.
+        """
         objects: list[dict[str, Any]] = []
         for (x0, y0, x1, y1), score, index in zip(
             self.boxes.tolist(), self.scores.tolist(), self.indices.tolist(), strict=True

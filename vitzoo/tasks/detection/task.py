@@ -66,7 +66,9 @@ class DetectionTask(Task):
         train_set = None
         if train:
             train_set = self._open("train")
-            if train_set.categories != self.val.categories:
+            # What else a file says of its categories may differ.
+            kept = [(data.category_ids, data.labels) for data in (train_set, self.val)]
+            if kept[0] != kept[1]:
                 differing = set(train_set.labels) ^ set(self.val.labels)
                 raise InputError(
                     f"{train_set.path} and {self.val.path} have other categories: "

@@ -61,22 +61,24 @@ class MaskPairs:
         values = _mask_values(path)
         if values.ndim == 3:
             return self._from_colours(values, path)
-        if self.table is not None:
-            if values.max(initial=0) >= len(self.table):
-                self._refuse(values, values >= len(self.table), path, len(self.table))
-            return self.table[values]
-        wrong = (values >= len(self.labels)) & (values != self.ignore_index)
+        ignored = values == self.ignore_index
+        if self.table is None:
+            found, last = values, len(self.labels) - 1
+            wrong = (values > last) & ~ignored
+        else:
+            # Beside what the table ignores a mask may hold the number for pixels that do not count.
+            last = len(self.table) - 1
+            found = self.table[values.clip(max=last)]
+            outside = values > last
+            wrong, found = outside & ~ignored, np.where(outside, self.ignore_index, found)
         if wrong.any():
-            self._refuse(values, wrong, path, len(self.labels))
-        return values
-
-    def _refuse(self, values: Array, wrong: Array, path: Path, count: int) -> None:
-        y, x = np.argwhere(wrong)[0].tolist()
-        raise UnreadableSample(
-            str(path),
-            f"label {values[y, x]} at x={x}, y={y}, but labels are 0 to {count - 1}, and "
-            f"{self.ignore_index} is ignored",
-        )
+            y, x = np.argwhere(wrong)[0].tolist()
+            raise UnreadableSample(
+                str(path),
+                f"label {values[y, x]} at x={x}, y={y}, but labels are 0 to {last}, and "
+                f"{self.ignore_index} is ignored",
+            )
+        return found
 
     def _from_colours(self, colours: Array, path: Path) -> Array:
         if self.palette is None or not len(self.palette):
@@ -124,6 +126,11 @@ def open_pairs(options: MaskDataOptions, *, train: bool) -> MaskPairs:
         "cityscapes": _cityscapes,
         "scenes": _scenes,
     }[options.name](options, split)
+    if pairs.table is not None and 0 <= options.ignore_index < len(pairs.labels):
+        raise InputError(
+            f"data.ignore_index={options.ignore_index} is a label of {options.name}'s "
+            f"{len(pairs.labels)} classes once they are counted from 0: give another, such as 255"
+        )
     first = options.train_first if train else options.val_first
     return MaskPairs(
         pairs.pairs[:first], pairs.labels, options.ignore_index, pairs.table, pairs.palette
@@ -170,11 +177,31 @@ def _folder(options: MaskDataOptions, split: str) -> MaskPairs:
     pairs = _matched(
         root / options.images.format(split=split), root / options.masks.format(split=split)
     )
-    palette = np.array(options.palette, np.uint8) if options.palette else None
+    palette = palette_of_recipe(options, len(options.classes))
     table = None
     if options.zero_is_ignored:
         table = np.array([options.ignore_index, *range(len(options.classes))])
     return MaskPairs(pairs, tuple(options.classes), options.ignore_index, table, palette)
+
+
+def palette_of_recipe(options: MaskDataOptions, count: int) -> Array | None:
+    """Colours (count, 3) uint8 that the recipe gives, or the data set has; None if neither.
+
+    Raises:
+        InputError: not a colour for each class.
+    """
+    given = options.palette
+    if not given:
+        colours = [known.color for known in _cityscapes_classes()]
+        return np.array(colours, np.uint8) if options.name == "cityscapes" else None
+    if len(given) != count:
+        raise InputError(f"data.palette has {len(given)} colours for {count} classes")
+    for colour in given:
+        if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
+            raise InputError(f"data.palette: {colour} is not red, green, blue from 0 to 255")
+    if len({tuple(colour) for colour in given}) < count:
+        raise InputError("data.palette has a colour twice")
+    return np.array(given, np.uint8)
 
 
 def _ade20k(options: MaskDataOptions, split: str) -> MaskPairs:
@@ -212,15 +239,25 @@ def _cityscapes(options: MaskDataOptions, split: str) -> MaskPairs:
         )
         for path in found
     )
-    table = np.full(256, options.ignore_index)
-    evaluated = [known for known in Cityscapes.classes if known.train_id not in (-1, 255)]
+    table = np.full(max(known.id for known in Cityscapes.classes) + 1, options.ignore_index)
+    evaluated = _cityscapes_classes()
     for known in evaluated:
         table[known.id] = known.train_id
-    evaluated.sort(key=lambda known: known.train_id)
-    colours = np.array([known.color for known in evaluated], np.uint8)
     return MaskPairs(
-        pairs, tuple(known.name for known in evaluated), options.ignore_index, table, colours
+        pairs,
+        tuple(known.name for known in evaluated),
+        options.ignore_index,
+        table,
+        palette_of_recipe(options, len(evaluated)),
     )
+
+
+def _cityscapes_classes() -> list[Any]:
+    """The 19 classes that are evaluated, in the order of their labels."""
+    from torchvision.datasets import Cityscapes
+
+    evaluated = [known for known in Cityscapes.classes if known.train_id not in (-1, 255)]
+    return sorted(evaluated, key=lambda known: known.train_id)
 
 
 def _scenes(options: MaskDataOptions, split: str) -> MaskPairs:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from vitzoo.heads.segmentation import HEADS, build_segmenter
 from vitzoo.tasks._models import backbone_of, config_of, freeze, known_name, refused_pickle
 from vitzoo.tasks.contract import Batch, Task, TaskData
 from vitzoo.tasks.pictures import image_of
-from vitzoo.tasks.segmentation.data import open_pairs
+from vitzoo.tasks.segmentation.data import open_pairs, palette_of_recipe
 from vitzoo.tasks.segmentation.inference import by_size, check, probabilities
 from vitzoo.tasks.segmentation.metrics import Confusion
 from vitzoo.tasks.segmentation.options import SegmentationOptions
@@ -170,7 +169,5 @@ class SegmentationTask(Task):
         return results
 
     def _palette(self) -> Any:
-        given = self.options.data.palette
-        if len(given) == len(self.labels):
-            return np.array(given, np.uint8)
-        return palette_of(len(self.labels))
+        own = palette_of_recipe(self.options.data, len(self.labels))
+        return palette_of(len(self.labels)) if own is None else own
