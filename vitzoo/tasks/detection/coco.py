@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from vitzoo.errors import InputError
@@ -38,6 +40,7 @@ class CocoImages(Dataset[Sample]):
         first: keep only the first n images.
         flip: probability of the mirror image.
         crop: probability of a random window.
+        photometric: change brightness, contrast, saturation and hue at random.
 
     Raises:
         InputError: no such file, or not COCO's form; the message says what is missing.
@@ -52,9 +55,11 @@ class CocoImages(Dataset[Sample]):
         first: int | None = None,
         flip: float = 0.0,
         crop: float = 0.0,
+        photometric: bool = False,
     ) -> None:
         self.path, self.folder, self.masks = annotations, images, masks
         self.flip, self.crop = flip, crop
+        self._photometric = v2.RandomPhotometricDistort(p=0.5) if photometric else nn.Identity()
         content = _read(annotations)
         known = {one["id"] for one in content["images"]}
         strays = sum(one["image_id"] not in known for one in content["annotations"])
@@ -125,7 +130,7 @@ class CocoImages(Dataset[Sample]):
             masks.append(mask)
         width, height = image.size
         sample: Sample = {
-            "image": pil_to_tensor(image).float() / 255,
+            "image": self._photometric(pil_to_tensor(image)).float() / 255,
             "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
             "labels": torch.tensor(labels, dtype=torch.long),
             "image_id": record["id"],

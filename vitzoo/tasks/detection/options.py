@@ -74,10 +74,12 @@ class DetectionAugmentOptions:
     Attributes:
         hflip: probability of the mirror image.
         crop: probability of a random window, as DETR's training cuts it.
+        photometric: change brightness, contrast, saturation and hue (SSD, arXiv 1512.02325).
     """
 
     hflip: float = 0.5
     crop: float = 0.0
+    photometric: bool = False
 
 
 @dataclass(kw_only=True)

@@ -103,6 +103,7 @@ class DetectionTask(Task):
             first=data.train_first if split == "train" else data.val_first,
             flip=augment.hflip if split == "train" else 0.0,
             crop=augment.crop if split == "train" else 0.0,
+            photometric=augment.photometric and split == "train",
         )
 
     def build_model(self, *, pretrained: bool = True) -> nn.Module:
