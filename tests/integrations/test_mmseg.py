@@ -211,6 +211,7 @@ def test_configs_hold_the_authors_settings(path: Path) -> None:
         model = build(config.model.backbone).maps.model
     assert model.norm_indices == (0, 1, 2, 3)
     if family == "biformer":
+        assert config.sync_bn == "torch"
         regions = [m.n_win for m in model.modules() if hasattr(m, "n_win")]
         assert regions
         assert set(regions) == {8}
