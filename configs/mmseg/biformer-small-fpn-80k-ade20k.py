@@ -11,3 +11,5 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=1000),
     dict(type="CosineAnnealingLR", eta_min=0.0, begin=1000, end=80000, by_epoch=False),
 ]
+# The backbone has BatchNorm: as the authors do, over all processes where there are several.
+sync_bn = "torch"

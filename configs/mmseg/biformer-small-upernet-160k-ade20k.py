@@ -12,3 +12,5 @@ model = dict(
 optim_wrapper = dict(
     type="AmpOptimWrapper", loss_scale=512.0, paramwise_cfg=dict(norm_decay_mult=0.0)
 )
+# The backbone has BatchNorm: as the authors do, over all processes where there are several.
+sync_bn = "torch"

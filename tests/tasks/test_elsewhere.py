@@ -10,8 +10,10 @@ import timm
 import torch
 
 from tests.engine.narrow import NARROW
-from vitzoo.engine.recipe import merge
+from vitzoo.engine.optim import build_optimizer
+from vitzoo.engine.recipe import OptimOptions, merge
 from vitzoo.errors import InputError
+from vitzoo.heads.segmentation import build_segmenter
 from vitzoo.tasks import task_class
 
 ARGUMENTS: dict[str, Any] = NARROW["model"]["args"]
@@ -71,3 +73,28 @@ def test_weights_that_are_not_taken_are_spoken_of(name: str, shared: Any, caplog
 def test_an_empty_folder_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no readable config"):
         task_on(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    ("model", "value", "message"),
+    [
+        ("caformer_s18", "model.frozen_stages=1", "MetaFormer has no groups of layers"),
+        ("selecsls42", "model.grad_checkpointing=true", "cannot recompute its activations"),
+    ],
+)
+def test_what_a_model_of_timms_lacks_is_said(
+    name: str, model: str, value: str, message: str
+) -> None:
+    recipe = {"task": name, "model": {"name": model, "head": TASKS[name]}}
+    task = task_class(name)(merge(recipe, [value]).options)
+    task.labels = ("a", "b")
+    with torch.device("meta"), pytest.raises(InputError, match=message):
+        task.build_model()
+
+
+def test_layer_decay_without_layer_groups_is_refused() -> None:
+    with torch.device("meta"):
+        model = build_segmenter("caformer_s18", head="fpn", num_classes=2)
+    with pytest.raises(InputError, match="MetaFormer has no groups of layers"):
+        build_optimizer(model, OptimOptions(layer_decay=0.9), images=1)

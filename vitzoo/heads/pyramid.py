@@ -11,6 +11,8 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from vitzoo.errors import InputError
+
 
 class SimplePyramid(nn.Module):
     """Several maps from one, as plain-ViT detectors make them (ViTDet, arXiv 2203.16527).
@@ -96,6 +98,19 @@ class Maps(nn.Module):
     def model(self) -> nn.Module:
         """timm's model inside, with `group_matcher`, `no_weight_decay` and `pretrained_cfg`."""
         return self.body.model
+
+    def layer_groups(self, prefix: str, *, coarse: bool) -> dict[str, Any]:
+        """timm's group matcher of the model for its names under `prefix`.
+
+        Raises:
+            InputError: one of timm's models that have none.
+        """
+        try:
+            matcher = self.model.group_matcher(coarse=coarse)  # type: ignore[operator]
+        except (AssertionError, AttributeError):
+            kind = type(self.model).__name__
+            raise InputError(f"{kind} has no groups of layers, as layer decay needs them") from None
+        return groups_under(prefix, matcher)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (B, C, H, W) -> maps (B, channels[i], H / strides[i], W / strides[i])."""

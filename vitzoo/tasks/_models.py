@@ -158,7 +158,7 @@ def create_model(options: ModelOptions, labels: Sequence[str], *, pretrained: bo
     except (TypeError, ValueError, RuntimeError, OSError, KeyError) as error:
         raise _explain(error, options, load=load) from error
     if options.grad_checkpointing:
-        model.set_grad_checkpointing()
+        recompute_activations(model)
     if options.compile:
         model.compile()
     return model
@@ -248,6 +248,20 @@ def _explain(error: Exception, options: ModelOptions, *, load: bool) -> InputErr
     return InputError(f"cannot build {options.name}: {text}")
 
 
+def recompute_activations(model: Any) -> None:
+    """Turn gradient checkpointing on.
+
+    Raises:
+        InputError: one of timm's models that have none.
+    """
+    try:
+        model.set_grad_checkpointing()
+    except (AssertionError, AttributeError):
+        raise InputError(
+            "model.grad_checkpointing=true: this model cannot recompute its activations"
+        ) from None
+
+
 def freeze(model: nn.Module, *, stages: int, linear_probe: bool) -> list[nn.Module]:
     """Stop gradients of the first stages, or of everything but the classifier.
 
@@ -261,14 +275,19 @@ def freeze(model: nn.Module, *, stages: int, linear_probe: bool) -> list[nn.Modu
         BatchNorm statistics and stochastic depth rest too.
 
     Raises:
-        InputError: more stages than the model has.
+        InputError: more stages than the model has, or a model without any that timm knows.
     """
     if linear_probe:
         model.requires_grad_(False)
         for classifier in _classifiers(model):
             classifier.requires_grad_(True)
     elif stages:
-        matcher = model.group_matcher(coarse=True)  # type: ignore[operator]
+        try:
+            matcher = model.group_matcher(coarse=True)  # type: ignore[operator]
+        except (AssertionError, AttributeError):
+            raise InputError(
+                f"model.frozen_stages={stages}: {type(model).__name__} has no groups of layers"
+            ) from None
         groups = group_parameters(model, matcher, reverse=True)
         # The last group is whatever no pattern names: final norm and head.
         last = max(groups.values())

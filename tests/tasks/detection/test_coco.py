@@ -172,6 +172,63 @@ def test_predictions_from_json_have_the_same_figures(tmp_path: Path) -> None:
     assert coco_metrics(truth, reread, masks=True) == figures
 
 
+# COCO's twelve figures under torchmetrics' names.
+TWELVE = {
+    "AP": "map",
+    "AP50": "map_50",
+    "AP75": "map_75",
+    "APs": "map_small",
+    "APm": "map_medium",
+    "APl": "map_large",
+    "AR1": "mar_1",
+    "AR10": "mar_10",
+    "AR100": "mar_100",
+    "ARs": "mar_small",
+    "ARm": "mar_medium",
+    "ARl": "mar_large",
+}
+
+
+def test_all_twelve_figures_are_torchmetrics_with_crowds_and_sizes(tmp_path: Path) -> None:
+    detection = pytest.importorskip("torchmetrics.detection")
+    torch.manual_seed(0)
+    given = content()
+    for one, area in zip(given["annotations"], (300, 5000, 20000, 400), strict=True):
+        one["area"] = area
+    data = opened(tmp_path, given)
+    theirs = detection.MeanAveragePrecision(iou_type=["bbox", "segm"])
+    results: list[dict[str, Any]] = []
+    truth = data.truth([1, 2, 3])
+    for i in range(3):
+        sample = data[i]
+        known = [one for one in truth["annotations"] if one["image_id"] == sample["image_id"]]
+        boxes = torch.tensor([one["bbox"] for one in known], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        masks = [mask_of(one, (WIDTH, HEIGHT), "here") for one in known]
+        drawn = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, HEIGHT, WIDTH)))
+        # Near misses, an object found twice, and a stranger.
+        stranger = torch.tensor([[2.0, 25, 22, 39]])
+        found = {"boxes": torch.cat([boxes + 2 * torch.rand(len(boxes), 4), boxes[:1], stranger])}
+        found["labels"] = torch.ones(len(found["boxes"]), dtype=torch.long)
+        found["scores"] = torch.rand(len(found["boxes"]))
+        shapes = torch.cat([drawn.roll(1, -1), drawn[:1], torch.zeros(1, HEIGHT, WIDTH)])
+        shapes[-1, 25:39, 2:22] = 1
+        results += coco_results(
+            {**found, "masks": shapes[:, None].float()}, sample["image_id"], data.category_ids
+        )
+        target = {"boxes": boxes, "labels": torch.ones(len(known), dtype=torch.long)}
+        target["masks"] = drawn.bool()
+        target["iscrowd"] = torch.tensor([one["iscrowd"] for one in known], dtype=torch.long)
+        target["area"] = torch.tensor([float(one["area"]) for one in known])
+        theirs.update([{**found, "masks": shapes.bool()}], [target])
+    ours, expected = coco_metrics(truth, results, masks=True), theirs.compute()
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        for figure, key in TWELVE.items():
+            want = float(expected[f"{kind}_{key}"])
+            assert abs(ours[f"{name}_{figure}"] / 100 - want) < 1e-6
+        assert 0 < ours[f"{name}_AP"] < 100
+
+
 def test_crowds_are_neither_learned_nor_judged(tmp_path: Path) -> None:
     data = opened(tmp_path, content())
     assert [len(data[i]["boxes"]) for i in range(3)] == [2, 1, 0]

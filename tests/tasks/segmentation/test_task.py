@@ -191,6 +191,13 @@ def test_a_mask_may_hold_the_ignored_number_beside_a_zero_that_is_ignored(tmp_pa
         task_of(root, "data.zero_is_ignored=true", "data.ignore_index=1").build_data()
 
 
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    root = squares(tmp_path)
+    Image.open(root / "images" / "val" / "0.png").save(root / "images" / "val" / "0.jpg")
+    with pytest.raises(InputError, match=r"0\.jpg and .*0\.png: which of the two is meant"):
+        task_of(root).build_data()
+
+
 @pytest.mark.parametrize(
     ("palette", "message"),
     [

@@ -12,7 +12,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 from vitzoo.heads.detection.fpn import FeaturePyramid
-from vitzoo.heads.pyramid import Maps, groups_under
+from vitzoo.heads.pyramid import Maps
 
 _RATIOS = (0.5, 1.0, 2.0)
 _SIZES = (32, 64, 128, 256, 512)
@@ -63,8 +63,7 @@ class _Detector(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's parameter groups of the backbone; FPN and heads are in the last."""
-        groups: Any = self.backbone.maps.model.group_matcher
-        return groups_under(_PREFIX, groups(coarse=coarse))
+        return self.backbone.maps.layer_groups(_PREFIX, coarse=coarse)
 
     def no_weight_decay(self) -> set[str]:
         """The backbone's parameters without weight decay."""

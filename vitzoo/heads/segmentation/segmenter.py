@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitzoo.heads.pyramid import Maps, groups_under
+from vitzoo.heads.pyramid import Maps
 from vitzoo.heads.segmentation.decoders import AuxiliaryHead, Decoder, build_decoder
 from vitzoo.ops._sides import overhang
 
@@ -63,8 +63,7 @@ class Segmenter(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layer groups of the backbone; decoder and classifiers are the last group."""
-        groups: Any = self.backbone.model.group_matcher
-        return groups_under(_PREFIX, groups(coarse=coarse))
+        return self.backbone.layer_groups(_PREFIX, coarse=coarse)
 
 
 def build_segmenter(

@@ -13,6 +13,7 @@ from mmseg.registry import MODELS
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from vitzoo.backbones._build import name_mismatch
 from vitzoo.errors import InputError
 from vitzoo.heads.pyramid import Maps
 from vitzoo.tasks._models import freeze
@@ -98,7 +99,13 @@ class VitzooBackbone(BaseModule):
         with plain_arguments():
             state = load_state_dict(file, device="cpu", weights_only=True)
         model = self.maps.model
-        report = model.load_state_dict(authors_names(state, model), strict=False)
+        state = authors_names(state, model)
+        # A deeper network's file fills a shallower one without a word. Names are known of the
+        # dense versions; of others timm has taken the head away, and with it more than names say.
+        mismatch = name_mismatch(state, model) if getattr(model, "dense", False) else ""
+        if mismatch:
+            raise InputError(f"{file} does not fit: {mismatch}")
+        report = model.load_state_dict(state, strict=False)
         if len(report.missing_keys) > len(model.state_dict()) // 2:
             raise InputError(f"{file} does not fit: {', '.join(report.missing_keys[:3])} missing")
         self._is_init = True

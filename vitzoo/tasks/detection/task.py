@@ -12,7 +12,13 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from vitzoo.errors import InputError
 from vitzoo.heads.detection import HEADS, build_detector
-from vitzoo.tasks._models import backbone_of, freeze, known_name, refused_pickle
+from vitzoo.tasks._models import (
+    backbone_of,
+    freeze,
+    known_name,
+    recompute_activations,
+    refused_pickle,
+)
 from vitzoo.tasks.contract import Batch, Task, TaskData
 from vitzoo.tasks.detection.coco import CocoImages
 from vitzoo.tasks.detection.metrics import coco_metrics, coco_results
@@ -138,7 +144,7 @@ class DetectionTask(Task):
             detector.backbone.maps.model, stages=options.frozen_stages, linear_probe=False
         )
         if options.grad_checkpointing:
-            detector.set_grad_checkpointing()
+            recompute_activations(detector)
         return detector
 
     def train_mode(self) -> None:

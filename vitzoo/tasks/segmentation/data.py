@@ -154,11 +154,14 @@ def _matched(images: Path, masks: Path) -> tuple[tuple[Path, Path], ...]:
             raise InputError(f"{folder} is no folder (see data.images, data.masks, data.*_split)")
 
     def files(folder: Path) -> dict[str, Path]:
-        return {
-            str(path.relative_to(folder).with_suffix("")): path
-            for path in folder.rglob("*")
-            if path.name.lower().endswith(endings)
-        }
+        known: dict[str, Path] = {}
+        for path in sorted(folder.rglob("*")):
+            if path.name.lower().endswith(endings):
+                name = str(path.relative_to(folder).with_suffix(""))
+                if name in known:
+                    raise InputError(f"{known[name]} and {path}: which of the two is meant?")
+                known[name] = path
+        return known
 
     found, drawn = files(images), files(masks)
     if not found:

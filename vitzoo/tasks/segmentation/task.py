@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from vitzoo.errors import InputError
 from vitzoo.heads.segmentation import HEADS, build_segmenter
-from vitzoo.tasks._models import backbone_of, config_of, freeze, known_name, refused_pickle
+from vitzoo.tasks._models import (
+    backbone_of,
+    config_of,
+    freeze,
+    known_name,
+    recompute_activations,
+    refused_pickle,
+)
 from vitzoo.tasks.contract import Batch, Task, TaskData
 from vitzoo.tasks.pictures import image_of
 from vitzoo.tasks.segmentation.data import open_pairs, palette_of_recipe
@@ -97,7 +104,7 @@ class SegmentationTask(Task):
         body: Any = model.backbone.model
         self._frozen = freeze(body, stages=options.frozen_stages, linear_probe=False)
         if options.grad_checkpointing:
-            model.set_grad_checkpointing()
+            recompute_activations(model)
         if options.compile:
             model.compile()
         return model
