@@ -14,10 +14,10 @@ setup: .setup-done
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-.demo-done: pyproject.toml constraints.txt
+.demo-done: Makefile pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,seg,det]"
 	touch $@
 
 demo: .demo-done

@@ -149,6 +149,13 @@ WRAPPINGS = {
         "state_dict": {f"backbone.{k}": v for k, v in w.items() if not k.startswith("head.")}
         | {f"head.fc.{k[5:]}": v for k, v in w.items() if k.startswith("head.")}
     },
+    "our segmenter": lambda w: (
+        {f"backbone.body.model.{k}": v for k, v in w.items()} | {"decoder.w": torch.zeros(1)}
+    ),
+    "our detector": lambda w: (
+        {f"backbone.maps.body.model.{k}": v for k, v in w.items()}
+        | {"backbone.fpn.w": torch.zeros(1), "rpn.w": torch.zeros(1)}
+    ),
 }
 
 

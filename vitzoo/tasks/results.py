@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,15 +69,22 @@ class Classification:
         return canvas
 
 
-def contact_sheet(pictures: list[Image.Image], *, columns: int = 8, gap: int = 6) -> Image.Image:
-    """Pictures side by side, in rows of `columns`, on white."""
+def contact_sheet(
+    pictures: list[Image.Image], *, columns: int = 8, gap: int = 6, titles: Sequence[str] = ()
+) -> Image.Image:
+    """Pictures side by side, in rows of `columns`, on white; `titles` stand over the columns."""
     if not pictures:
         raise ValueError("a contact sheet needs at least one picture")
     width = max(picture.width for picture in pictures) + gap
     height = max(picture.height for picture in pictures) + gap
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    line = max(16, width // 24)
+    head = line + gap if titles else 0
+    sheet = Image.new("RGB", (columns * width + gap, head + rows * height + gap), "white")
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (gap + i % columns * width, gap + i // columns * height))
+        sheet.paste(picture, (gap + i % columns * width, head + gap + i // columns * height))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(line - 2)
+    for i, title in enumerate(titles[:columns]):
+        pen.text((gap + i * width, gap // 2), title, "black", font)
     return sheet

@@ -12,7 +12,8 @@ from vitzoo.zoo.files import check_weights, plain_arguments, wrapper_of
 
 # Of compiled, distributed and Lightning's models; of what holds the backbone among other parts.
 WHOLE = ("_orig_mod.", "module.", "model.")
-PARTS = ("backbone.", "encoder.")
+# The last two are this library's own, inside a segmenter's and a detector's `backbone.`.
+PARTS = ("backbone.", "encoder.", "body.model.", "maps.body.model.")
 PREFIXES = (*WHOLE, *PARTS)
 
 
@@ -38,8 +39,9 @@ def unwrap(state_dict: dict[str, Any]) -> dict[str, Tensor]:
 
     Handles `state_dict_ema`, `state_dict`, `model_ema` and `model` entries, also nested, and the
     prefixes of compiled, distributed and Lightning's models (`_orig_mod.`, `module.`, `model.`) and
-    of detectors and segmenters (`backbone.`, `encoder.`), also one in another. Of an mmpretrain
-    classifier the head is kept, too; counters and the like beside the weights are left out.
+    of detectors and segmenters (`backbone.`, `encoder.`, our own runs'), also one in another. Of an
+    mmpretrain classifier the head is kept, too; counters and the like beside the weights are left
+    out.
     """
     while wrapper := wrapper_of(state_dict):
         state_dict = state_dict[wrapper]

@@ -18,6 +18,7 @@ from vitzoo.engine.recipe import load_recipe, merge
 from vitzoo.engine.train import train
 from vitzoo.errors import InputError
 from vitzoo.tasks.contract import UnreadableSample
+from vitzoo.tasks.scenes import VARIANTS, build_scenes
 from vitzoo.tasks.segmentation.data import open_pairs
 from vitzoo.tasks.segmentation.inference import probabilities, slide
 from vitzoo.tasks.segmentation.metrics import Confusion
@@ -308,6 +309,18 @@ def test_wrong_recipes_give_a_sentence(tmp_path: Path) -> None:
     task.labels = ("a",)
     with pytest.raises(InputError, match="cannot build the segmenter"):
         task.build_model()
+
+
+def test_scenes_are_those_of_the_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def made(variant: str) -> Path:
+        if not (tmp_path / variant).is_dir():
+            build_scenes(tmp_path / variant, variant, counts={"train": 1, "val": 1})
+        return tmp_path / variant
+
+    monkeypatch.setattr("vitzoo.tasks.scenes.scenes_folder", made)
+    pairs = open_pairs(MaskDataOptions(name="scenes-digits"), train=False)
+    assert pairs.labels == ("background", *VARIANTS["scenes-digits"])
+    assert len(pairs) == 1
 
 
 def test_palettes_have_distinct_colours() -> None:

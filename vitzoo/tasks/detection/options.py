@@ -17,7 +17,8 @@ class DetectorOptions:
             or `hf-hub:ORG/NAME` with what `vitzoo weights convert` writes.
         head: `retinanet`, `fcos`, `faster_rcnn` or `mask_rcnn`.
         pretrained: start the backbone from its published weights, or from that folder's.
-        checkpoint: start the backbone from this file instead, the zoo's, timm's or the authors'.
+        checkpoint: start the backbone from this file instead: the zoo's, timm's, the authors', or
+            the weights of a run of any task.
         drop_path_rate: stochastic depth.
         args: the backbone's other arguments (`window_size`, `dilations`, ...).
         channels: of the FPN and the heads.

@@ -89,14 +89,15 @@ class Objects:
         scale = side / max(picture.size)
         picture = picture.resize([max(1, round(length * scale)) for length in picture.size])
         draw = ImageDraw.Draw(picture)
-        font = ImageFont.load_default(max(10, side // 40))
+        line = max(10, side // 28)
+        font = ImageFont.load_default(line)
         for i in reversed(shown):
             x0, y0, x1, y1 = (scale * value for value in self.boxes[i].tolist())
             draw.rectangle((x0, y0, x1, y1), outline=self._colour(i), width=2)
             index = int(self.indices[i])
             caption = f"{self.labels[index]} {100 * float(self.scores[i]):.0f}"
             right = picture.width - draw.textlength(caption, font=font) - 2
-            place = (max(0.0, min(x0 + 2, right)), max(0.0, y0 - side / 30))
+            place = (max(0.0, min(x0 + 2, right)), max(0.0, y0 - 1.3 * line))
             draw.rectangle(draw.textbbox(place, caption, font=font), fill=self._colour(i))
             draw.text(place, caption, fill="black", font=font)
         return picture

@@ -125,6 +125,7 @@ def open_pairs(options: MaskDataOptions, *, train: bool) -> MaskPairs:
         "ade20k": _ade20k,
         "cityscapes": _cityscapes,
         "scenes": _scenes,
+        "scenes-digits": _scenes,
     }[options.name](options, split)
     if pairs.table is not None and 0 <= options.ignore_index < len(pairs.labels):
         raise InputError(
@@ -269,7 +270,7 @@ def _scenes(options: MaskDataOptions, split: str) -> MaskPairs:
 
     from vitzoo.tasks.scenes import scenes_folder
 
-    root = Path(options.root).expanduser() if options.root else scenes_folder()
+    root = Path(options.root).expanduser() if options.root else scenes_folder(options.name)
     pairs = _matched(root / "images" / split, root / "masks" / split)
     written = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
     names = tuple(category["name"] for category in written["categories"])

@@ -17,7 +17,8 @@ class SegmenterOptions:
             or `hf-hub:ORG/NAME` with what `vitzoo weights convert` writes.
         head: `upernet`, `fpn`, `segformer`, `dpt` or `unet`.
         pretrained: start the backbone from its published weights, or from that folder's.
-        checkpoint: start the backbone from this file instead, the zoo's, timm's or the authors'.
+        checkpoint: start the backbone from this file instead: the zoo's, timm's, the authors', or
+            the weights of a run of any task.
         aux: add the auxiliary classifier on the map of stride 16.
         args: the backbone's arguments (`dilations`, `n_win`, `drop_path_rate`, `depths`, ...).
         head_args: widths of the decoder.
@@ -43,7 +44,8 @@ class MaskDataOptions(DataOptions):
     """The recipe's `data` section.
 
     Attributes:
-        name: `folder`, `ade20k`, `cityscapes`, or `scenes` for the generated ones.
+        name: `folder`, `ade20k`, `cityscapes`, or the generated (synthetic) `scenes` and
+            `scenes-digits`.
         images, masks: of `folder`, the two folders under `root`; `{split}` is the split's name.
         train_split, val_split: names of the two halves.
         train_first, val_first: keep only the first n samples.
@@ -59,7 +61,7 @@ class MaskDataOptions(DataOptions):
         mean, std: of the pixels; the backbone's own if None.
     """
 
-    name: Literal["folder", "ade20k", "cityscapes", "scenes"] = "folder"
+    name: Literal["folder", "ade20k", "cityscapes", "scenes", "scenes-digits"] = "folder"
     images: str = "images/{split}"
     masks: str = "masks/{split}"
     train_split: str = "train"
