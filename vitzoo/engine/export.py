@@ -37,6 +37,7 @@ from vitzoo.engine.parity import (
     own_images,
     race,
 )
+from vitzoo.engine.parity_choices import compare_but_for_choices
 from vitzoo.engine.predict import ready
 from vitzoo.engine.traced import Network, network_of, trace
 from vitzoo.errors import InputError
@@ -116,6 +117,8 @@ class Export:
             on += f", {found.objects} objects"
         if found.threshold is not None:
             on += f" (none reached the model's score threshold; it was {found.threshold:.3g} here)"
+        if found.flipped:
+            on += f" ({found.flipped} images with another top-k choice, compared under it)"
         verdict = "" if self.agrees else "  OFF: do not use this graph"
         return f"{on}: {found.worst:.1e} (may be {self.bound:g}){verdict}"
 
@@ -197,7 +200,9 @@ def _run_again(
     precision: str,
 ) -> Export:
     run = run_graph(path, to)
-    if network.batched:
+    if network.batched and precision == "float32":
+        parity = compare_but_for_choices(network, run, to, dynamic, bound=BOUNDS[precision])
+    elif network.batched:
         parity = compare(network, run, dynamic, precision=precision)
     else:
         images = [*fresh_inputs(network, ()), *own_images(task, network)]
@@ -242,6 +247,7 @@ def _measured(result: Export) -> dict[str, Any]:
         "compared": result.parity.shapes,
         "objects": result.parity.objects,
         "score_threshold": result.parity.threshold,
+        "other_choices": result.parity.flipped,
         "megabytes": result.megabytes,
         "eager_ms": result.eager_ms,
         "graph_ms": result.graph_ms,

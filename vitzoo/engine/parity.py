@@ -41,12 +41,14 @@ class Parity:
         shapes: of the inputs.
         objects: what a detector found in all of them; None for others.
         threshold: score threshold that was lowered so that there were any; None if it was not.
+        flipped: images in which the graph made another top-k choice, if that was looked into.
     """
 
     worst: float
     shapes: tuple[tuple[int, ...], ...]
     objects: int | None = None
     threshold: float | None = None
+    flipped: int | None = None
 
 
 def fresh_inputs(network: Network, dynamic: Sequence[str]) -> list[Tensor]:
@@ -76,7 +78,7 @@ def compare(
     worst, shapes = 0.0, []
     for x in fresh_inputs(network, dynamic):
         expected, found = _both(network, run, x, half=precision == "float16")
-        worst = max(worst, _apart(expected, found, relative=relative))
+        worst = max(worst, apart(expected, found, relative=relative))
         shapes.append(tuple(x.shape))
     return Parity(worst=worst, shapes=tuple(shapes))
 
@@ -91,7 +93,8 @@ def _both(
     return [out.float() for out in expected], found
 
 
-def _apart(ours: Sequence[Tensor], theirs: Sequence[Tensor], *, relative: bool) -> float:
+def apart(ours: Sequence[Tensor], theirs: Sequence[Tensor], *, relative: bool) -> float:
+    """The largest difference of outputs; with `relative` as a share of each one's largest value."""
     if len(ours) != len(theirs):
         return math.inf
     worst = 0.0
