@@ -21,7 +21,9 @@ BUDGET = [
     "run.eval_every=20",
 ]
 # One run is off by half a point and more, which is what some families gain.
-SEEDS = (1, 2, 3, 4)
+SEEDS = 4
+# BiFormer gains least, half a point: four runs cannot tell that from nothing.
+MORE_SEEDS = {"biformer-fashion-mnist": 12}
 LEAST_ERRORS = 2.0
 
 
@@ -34,12 +36,12 @@ def _top1(recipe: str, folder: str, classes: list[int], *values: str) -> tuple[f
 def transfers(recipe: str) -> dict[str, Any]:
     """Train on classes 0-4; then on few images of 5-9, from there and from nothing.
 
-    It passes if the mean gain over `SEEDS` is `LEAST_ERRORS` times its standard error.
+    It passes if the mean gain over the seeds is `LEAST_ERRORS` times its standard error.
     """
     moved, scratch = [], []
     with tempfile.TemporaryDirectory() as folder:
         first, weights = _top1(recipe, f"{folder}/first", FIRST, *BROAD)
-        for seed in SEEDS:
+        for seed in range(1, 1 + MORE_SEEDS.get(recipe, SEEDS)):
             given = [*BUDGET, f"run.seed={seed}"]
             start = f"model.checkpoint={weights}"
             moved.append(_top1(recipe, f"{folder}/moved{seed}", OTHERS, *given, start)[0])
