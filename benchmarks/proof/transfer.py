@@ -63,9 +63,8 @@ def transfers(recipe: str) -> dict[str, Any]:
     }
 
 
-# Not Sparsifiner, whose recipe takes twelve times the others' pixels.
 BARS = {
     f"transfer-{name.removesuffix('-fashion-mnist')}": partial(transfers, name)
     for name in recipe_names()
-    if name.endswith("-fashion-mnist") and not name.startswith("sparsifiner")
+    if name.endswith("-fashion-mnist")
 }
