@@ -22,8 +22,6 @@ BUDGET = [
 ]
 # One run is off by half a point and more, which is what some families gain.
 SEEDS = 4
-# BiFormer gains least, half a point: four runs cannot tell that from nothing.
-MORE_SEEDS = {"biformer-fashion-mnist": 12}
 LEAST_ERRORS = 2.0
 
 
@@ -41,7 +39,7 @@ def transfers(recipe: str) -> dict[str, Any]:
     moved, scratch = [], []
     with tempfile.TemporaryDirectory() as folder:
         first, weights = _top1(recipe, f"{folder}/first", FIRST, *BROAD)
-        for seed in range(1, 1 + MORE_SEEDS.get(recipe, SEEDS)):
+        for seed in range(1, 1 + SEEDS):
             given = [*BUDGET, f"run.seed={seed}"]
             start = f"model.checkpoint={weights}"
             moved.append(_top1(recipe, f"{folder}/moved{seed}", OTHERS, *given, start)[0])
