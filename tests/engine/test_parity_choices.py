@@ -23,9 +23,9 @@ BOUND = 5e-6
 @pytest.fixture(scope="module")
 def network() -> Network:
     torch.manual_seed(0)
-    arguments = {"depths": (1, 1, 1, 1), "num_classes": 5}
-    model = timm.create_model("vz_biformer_tiny", **arguments).eval()
-    return Network(model, (3, 224, 224), {}, ("logits",))
+    widths = {"embed_dims": (32, 64, 64, 64), "num_heads": (1, 2, 2, 2)}
+    model = timm.create_model("vz_biformer_tiny", depths=(1, 1, 1, 1), num_classes=5, **widths)
+    return Network(model.eval(), (3, 112, 112), {}, ("logits",))
 
 
 @torch.no_grad()
