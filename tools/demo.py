@@ -100,7 +100,7 @@ def main() -> None:
     run, facts = learn_digits()
     written = run.root / "demo.json"
     written.write_text(json.dumps(facts, indent=2) + "\n")
-    print("Next, boxes, masks and every pixel's class in generated scenes: about five minutes.\n")
+    print("Next, boxes, masks and every pixel's class in generated scenes: some nine minutes.\n")
     scenes = learn_scenes(run.root, count=3)
     written.write_text(json.dumps(facts | {"scenes": scenes}, indent=2) + "\n")
     print(f"""
