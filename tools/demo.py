@@ -71,7 +71,7 @@ def learn_digits() -> tuple[RunFolder, dict[str, Any]]:
 def learn_scenes(folder: Path, count: int) -> dict[str, Any]:
     """Two runs under `folder`, their figures, and `scenes.png` with `count` held-out scenes."""
     pixels = train(load_recipe(PIXELS, [f"run.folder={folder}", "run.name=pixels"]))
-    # What the segmenter has learnt of the scenes saves the detector updates.
+    # The detector begins with what the segmenter has learnt of the scenes.
     start = f"model.checkpoint={pixels.folder.weights}"
     objects = train(load_recipe(OBJECTS, [f"run.folder={folder}", "run.name=objects", start]))
     data = scenes_folder("scenes-digits")

@@ -66,7 +66,9 @@ def test_another_choice_is_told_from_another_function(
     def scaled(x: Tensor) -> Sequence[Tensor]:
         return [1.1 * graph(x)[0]]
 
-    assert compared(network, monkeypatch, graph=scaled, telling=telling).worst > BOUND
+    found = compared(network, monkeypatch, graph=scaled, telling=telling)
+    assert found.worst > BOUND
+    assert found.flipped == 0
 
     def wrong(x: Tensor) -> Sequence[Tensor]:
         logits, *made = telling(x)
@@ -111,3 +113,14 @@ def test_a_model_without_choices_is_off_as_it_is(monkeypatch: pytest.MonkeyPatch
     found = compared(plain, monkeypatch, graph=graph, telling=None)
     assert found.worst == pytest.approx(1, abs=1e-5)
     assert found.flipped is None
+
+
+def test_no_choice_explains_what_is_not_finite(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @torch.no_grad()
+    def graph(x: Tensor) -> Sequence[Tensor]:
+        return [network.model(x) * torch.nan]
+
+    found = compared(network, monkeypatch, graph=graph, telling=None)
+    assert found.worst == torch.inf

@@ -15,7 +15,7 @@ def resample_positions(table: Tensor, height: int, width: int) -> Tensor:
     """A square table (1, L, C) resized to a grid, (1, height, width, C).
 
     Bicubic with antialiasing, as timm's `resample_abs_pos_embed`. An exported graph holds the same
-    as two products: OpenVINO leaves the antialiasing of ONNX out, and TensorRT does not know it.
+    as two products, since OpenVINO leaves the antialiasing of ONNX out.
     """
     if not exporting():
         resized = resample_abs_pos_embed(table, [height, width], num_prefix_tokens=0)

@@ -41,7 +41,7 @@ class Parity:
         shapes: of the inputs.
         objects: what a detector found in all of them; None for others.
         threshold: score threshold that was lowered so that there were any; None if it was not.
-        flipped: images in which the graph made another top-k choice, if that was looked into.
+        flipped: images off only by another top-k choice, if that was looked into.
     """
 
     worst: float
@@ -87,10 +87,14 @@ def _both(
     network: Network, run: Runner, x: Tensor, *, half: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs of eager and of the graph."""
-    expected = network.model(x)
-    expected = [expected] if isinstance(expected, Tensor) else list(expected)
+    expected = outputs_of(network.model(x))
     found = [out.float() for out in run(x.half() if half else x)]
     return [out.float() for out in expected], found
+
+
+def outputs_of(out: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """What a network returns as a list."""
+    return [out] if isinstance(out, Tensor) else list(out)
 
 
 def apart(ours: Sequence[Tensor], theirs: Sequence[Tensor], *, relative: bool) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from vitzoo.attention.choices import record_choices, replay_choices
 from vitzoo.engine.graphs import SUFFIXES, Runner, run_graph, write_graph
-from vitzoo.engine.parity import Parity, apart, compare, fresh_inputs
+from vitzoo.engine.parity import Parity, apart, compare, fresh_inputs, outputs_of
 from vitzoo.engine.traced import Network, trace
 
 
@@ -27,17 +28,7 @@ class _Telling(nn.Module):
         with record_choices() as made:
             out = self.model(x)
         # Masks as numbers: not every runtime has booleans as outputs.
-        return (*_outputs(out), *(choice.long() for choice in made))
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """What the three sides make of the same images: lists of outputs."""
-
-    graph: Sequence[Tensor]
-    eager: Sequence[Tensor]
-    telling: Sequence[Tensor]
-    replayed: Sequence[Tensor]
+        return (*outputs_of(out), *(choice.long() for choice in made))
 
 
 @torch.no_grad()
@@ -58,43 +49,41 @@ def compare_but_for_choices(
         bound: the largest difference that needs no explanation.
 
     Returns:
-        What is left unexplained as `worst`, and the number of images with other choices.
+        What is left unexplained as `worst`, and the number of images that other choices explain.
     """
     found = compare(network, run, dynamic)
-    if found.worst <= bound or not _choices(network, torch.zeros(1, *network.shape)):
+    relative = bool(network.maps)
+    count = len(_chosen(network, torch.zeros(1, *network.shape))[1])
+    # No choice makes a value infinite or another shape.
+    if found.worst <= bound or not math.isfinite(found.worst) or not count:
         return found
     worst, flipped = 0.0, 0
-    for one in _passes(network, run, to, dynamic):
-        relative = bool(network.maps)
-        worst = max(worst, apart(one.replayed, one.telling, relative=relative))
-        for i in range(len(one.graph[0])):
-            graph, eager, telling = (
-                [out[i] for out in side] for side in (one.graph, one.eager, one.telling)
-            )
-            own = apart(eager, graph, relative=relative)
-            if own > bound:
-                own = apart(telling, graph, relative=relative)
-                flipped += 1
-            worst = max(worst, own)
+    with tempfile.TemporaryDirectory() as folder:
+        tell = _telling_graph(network, count, to, dynamic, Path(folder))
+        for x in fresh_inputs(network, dynamic):
+            eager, own = _chosen(network, x)
+            told = list(tell(x))
+            telling, choices = told[:-count], told[-count:]
+            with replay_choices([a.to(b.dtype) for a, b in zip(choices, own, strict=True)]):
+                replayed = outputs_of(network.model(x))
+            worst = max(worst, apart(replayed, telling, relative=relative))
+            graph = list(run(x))
+            for i in range(len(x)):
+                image, plain, told_of = (
+                    [out[i] for out in side] for side in (graph, eager, telling)
+                )
+                off = apart(plain, image, relative=relative)
+                if off > bound:
+                    off = apart(told_of, image, relative=relative)
+                    flipped += off <= bound
+                worst = max(worst, off)
     return replace(found, worst=worst, flipped=flipped)
 
 
-def _passes(network: Network, run: Runner, to: str, dynamic: Sequence[str]) -> Iterator[_Pass]:
-    count = len(network.outputs)
-    with tempfile.TemporaryDirectory() as folder:
-        tell = _telling_graph(network, to, dynamic, Path(folder))
-        for x in fresh_inputs(network, dynamic):
-            own = _choices(network, x)
-            told = list(tell(x))
-            given = [a.to(b.dtype) for a, b in zip(told[count:], own, strict=True)]
-            with replay_choices(given):
-                replayed = _outputs(network.model(x))
-            yield _Pass(list(run(x)), _outputs(network.model(x)), told[:count], replayed)
-
-
-def _telling_graph(network: Network, to: str, dynamic: Sequence[str], folder: Path) -> Runner:
-    number = len(_choices(network, torch.zeros(1, *network.shape)))
-    names = (*network.outputs, *(f"choice_{i}" for i in range(number)))
+def _telling_graph(
+    network: Network, count: int, to: str, dynamic: Sequence[str], folder: Path
+) -> Runner:
+    names = (*network.outputs, *(f"choice_{i}" for i in range(count)))
     telling = replace(network, model=_Telling(network.model).eval(), outputs=names)
     path = folder / f"choices{SUFFIXES[to]}"
     program = trace(telling.model, telling.shape, dynamic)
@@ -102,11 +91,8 @@ def _telling_graph(network: Network, to: str, dynamic: Sequence[str], folder: Pa
     return run_graph(path, to)
 
 
-def _choices(network: Network, x: Tensor) -> list[Tensor]:
+def _chosen(network: Network, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Eager's outputs, and the choices behind them."""
     with record_choices() as made:
-        network.model(x)
-    return made
-
-
-def _outputs(out: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [out] if isinstance(out, Tensor) else list(out)
+        out = network.model(x)
+    return outputs_of(out), made

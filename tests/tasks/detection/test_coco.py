@@ -365,3 +365,17 @@ def test_halves_may_differ_in_what_else_they_say_of_categories(tmp_path: Path) -
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(InputError, match="the same names under other ids"):
         task_class("detection")(recipe.options).build_data()
+
+
+def test_colours_are_distorted_and_objects_stay(tmp_path: Path) -> None:
+    plain = opened(tmp_path, content())
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    for record in plain.images:
+        Image.fromarray(noise).save(tmp_path / record["file_name"])
+    distorted = CocoImages(plain.path, tmp_path, masks=True, photometric=True)
+    torch.manual_seed(0)
+    drawn = [distorted[0] for _ in range(4)]
+    assert any(not torch.equal(one["image"], plain[0]["image"]) for one in drawn)
+    for one in drawn:
+        assert 0 <= one["image"].min() <= one["image"].max() <= 1
+        assert all(torch.equal(one[key], plain[0][key]) for key in ("boxes", "labels", "masks"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,26 +11,19 @@ from vitzoo.ops._sides import exporting
 
 
 class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    """torch's, to a square of a fixed side, and in an exported graph the same as two products.
+    """torch's, to a square, and in an exported graph the same as two products.
 
     On the way to ONNX torch unrolls its own over the bins of the size that it was traced with; at
     another size the graph reads other pixels, or none.
-
-    Args:
-        output_size: side of the result.
     """
-
-    def __init__(self, output_size: int) -> None:
-        super().__init__(output_size)
-        self.bins = output_size
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, output_size, output_size)."""
         if not exporting():
             pooled: Tensor = super().forward(x)
             return pooled
-        rows = _bin_means(x.shape[-2], self.bins, x)
-        columns = _bin_means(x.shape[-1], self.bins, x)
+        bins: Any = self.output_size  # torch types it for two sides, too.
+        rows, columns = (_bin_means(side, bins, x) for side in x.shape[-2:])
         return rows @ x @ columns.mT
 
 

@@ -195,9 +195,10 @@ def palette_of_recipe(options: MaskDataOptions, count: int) -> Array | None:
         InputError: not a colour for each class.
     """
     given = options.palette
+    if not given and options.name == "cityscapes":
+        return np.array([known.color for known in _cityscapes_classes()], np.uint8)
     if not given:
-        colours = [known.color for known in _cityscapes_classes()]
-        return np.array(colours, np.uint8) if options.name == "cityscapes" else None
+        return None
     if len(given) != count:
         raise InputError(f"data.palette has {len(given)} colours for {count} classes")
     for colour in given:
