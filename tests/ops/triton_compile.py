@@ -153,9 +153,9 @@ def compile_launch(
 ) -> dict[str, Any]:
     """What the assembler says of a kernel; its matrix instructions only where disassembled."""
     driver.architecture = architecture
-    kernel = launch.function().warmup(
-        *launch.arguments, grid=launch.grid, **launch.constants, **launch.options
-    )
+    plan = launch.plan
+    arguments = (*launch.pointers, *plan.numbers)
+    kernel = plan.function().warmup(*arguments, grid=plan.grid, **plan.constants, **plan.options)
     from triton import backends
 
     tools = Path(backends.__file__).parent / "nvidia" / "bin"
@@ -185,16 +185,17 @@ def rows(names: list[str], architectures: list[int], dtypes: list[str]) -> Itera
     for name in names:
         for dtype in dtypes:
             for launch in launches(name, getattr(torch, dtype)):
-                key = repr((launch.module, launch.kernel, launch.constants, dtype))
+                plan = launch.plan
+                key = repr((plan.module, plan.kernel, plan.constants, dtype))
                 if key in done:
                     continue
                 done.add(key)
                 for architecture in architectures:
-                    row = {"call": name, "dtype": dtype, "kernel": launch.kernel}
-                    tile = {k: launch.constants[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_D")}
+                    row = {"call": name, "dtype": dtype, "kernel": plan.kernel}
+                    tile = {k: plan.constants[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_D")}
                     row |= {
                         "architecture": architecture,
-                        "warps": launch.options["num_warps"],
+                        "warps": plan.options["num_warps"],
                     } | tile
                     # Exact products have no such instructions, and are slow to disassemble.
                     halves = dtype != "float32"

@@ -49,8 +49,11 @@ class Case:
         self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
     ) -> dict[str, Tensor]:
         """Normal tensors that require gradients; a linear layer's weight as initialised."""
-        generator = torch.Generator().manual_seed(seed)
-        found = {name: torch.randn(s, generator=generator) for name, s in self.shapes.items()}
+        generator = torch.Generator(device).manual_seed(seed)
+        found = {
+            name: torch.randn(shape, generator=generator, device=device)
+            for name, shape in self.shapes.items()
+        }
         for name, scale in (("weight", 0.05), ("height", 0.2), ("width", 0.2)):
             if name in found:
                 found[name] *= scale

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -66,21 +69,36 @@ def require_gpu() -> None:
         )
 
 
-def check_all(device: str = "cuda", dtypes: Sequence[str] = DTYPES) -> list[dict[str, Any]]:
+def check_all(
+    device: str = "cuda", dtypes: Sequence[str] = DTYPES, workers: int = 0
+) -> Iterator[dict[str, Any]]:
     """Every operator, backend, dtype and direction against float64 on odd sizes.
 
-    Returns:
+    Args:
+        device: of the tensors.
+        dtypes: of `DTYPES`.
+        workers: processes that share the checks, because nearly all of their time is spent by
+            compilers on the CPU; none but this one if 0.
+
+    Yields:
         Rows with `operator` (as in `OPERATORS`), `backend`, `dtype`, `direction` (`forward` or
         `backward`), the worst `error`, and `problem`: None, or a sentence.
     """
-    rows = []
-    for odd in ODD.values():
-        operator = OPERATORS[odd[0].operator]
-        for backend in [name for name in BACKENDS if name in operator.backends]:
-            for dtype in dtypes:
-                for direction in _proven.DIRECTIONS:
-                    rows.append(_check(odd, backend, dtype, direction, device))
-    return rows
+    tasks = [
+        (odd, backend, dtype, direction, device)
+        for odd in ODD.values()
+        for backend in BACKENDS
+        if backend in OPERATORS[odd[0].operator].backends
+        for dtype in dtypes
+        for direction in _proven.DIRECTIONS
+    ]
+    if not workers:
+        yield from (_check(*task) for task in tasks)
+        return
+    # A forked process cannot use the GPU of its parent.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(_check, *task) for task in tasks]):
+            yield done.result()
 
 
 def _check(
@@ -231,9 +249,34 @@ def _time(
         step()
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
-        return {"ms": do_bench(step, return_mode="median"), "peak_bytes": peak}
+        ms = do_bench(step, warmup=10, rep=50, return_mode="median")
+        return {"ms": ms, "graph_ms": _graph_ms(step), "peak_bytes": peak}
     except Exception as error:  # A rival that cannot run here is a row of the table, not the end.
         return {"failed": " ".join(str(error).split())[:300]}
+
+
+def _graph_ms(step: Callable[[], None], steps: int = 5, replays: int = 9) -> float | None:
+    """Milliseconds of the device alone: `steps` in a CUDA graph; None where none can be captured.
+
+    What torch and Triton do on the CPU before a launch, some 50 to 100 us, is not in it.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(steps):
+                step()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    times = []
+    for _ in range(1 + replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / steps)
+    return statistics.median(times[1:])
 
 
 def time_models(until: float) -> Iterator[dict[str, Any]]:

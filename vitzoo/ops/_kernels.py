@@ -35,9 +35,15 @@ def _settings() -> tuple[bool, bool]:
     return find_spec("triton") is not None, os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def lanes(dtype: torch.dtype) -> int:
-    """Tokens of a kernel's tile: exact float32 products need many registers."""
-    return 32 if dtype == torch.float32 else 64
+def lanes(dtype: torch.dtype, *, plain: bool = False) -> int:
+    """Tokens of a kernel's tile.
+
+    Args:
+        dtype: exact float32 products need many registers.
+        plain: whether the tile is full and its logits are products alone, with no mask or bias of
+            pairs; only then larger tiles are faster (docs/decisions.md, "Few warps").
+    """
+    return 64 if plain and dtype != torch.float32 else 32
 
 
 def computed_dtype(q: Tensor) -> torch.dtype:

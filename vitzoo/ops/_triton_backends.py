@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._kernels import lanes
-from vitzoo.ops._triton.library import rectangles, tiles
+from vitzoo.ops._triton.library import attend_rectangles, attend_tiles
 from vitzoo.ops.grouped import check_groups, group_spans
 from vitzoo.ops.routed import check_regions
 
@@ -57,7 +57,7 @@ def window_attention(
     if bias is not None:
         tokens = window_size**2
         bias = bias.expand(q.shape[3], tokens, tokens)
-    out, lse = rectangles(
+    out, lse = attend_rectangles(
         q, k, v, bias, None, None, *_constants(fill, k), [*axis, *axis], False, _scale(q, scale)
     )
     return (out, lse) if return_lse else out
@@ -83,7 +83,7 @@ def neighborhood_attention(
         axes += [side, side, 0, 0, 0, side + kernel - 1, kernel, step, 0]
     if bias is not None:
         bias = bias.contiguous()
-    out, lse = rectangles(q, k, v, bias, None, None, None, None, axes, True, _scale(q, scale))
+    out, lse = attend_rectangles(q, k, v, bias, None, None, None, None, axes, True, _scale(q, scale))
     return (out, lse) if return_lse else out
 
 
@@ -110,7 +110,7 @@ def halo_attention(
     if axial_bias is not None:
         rows = _terms(q, axial_bias[0].to(q.dtype), window, side, across=False)
         columns = _terms(q, axial_bias[1].to(q.dtype), window, side, across=True)
-    out, lse = rectangles(
+    out, lse = attend_rectangles(
         q, k, v, None, rows, columns, *_constants(fill, k), [*axis, *axis], False, _scale(q, scale)
     )
     return (out, lse) if return_lse else out
@@ -142,7 +142,7 @@ def routed_attention(
     check_regions(q, k, v, regions, region_grid)
     q, k, v = _prepare(q, k, v)
     lists = regions.int().contiguous()
-    out, lse = tiles(q, k, v, lists, None, None, list(region_grid), _scale(q, scale))
+    out, lse = attend_tiles(q, k, v, lists, None, None, list(region_grid), _scale(q, scale))
     return (out, lse) if return_lse else out
 
 
@@ -166,5 +166,5 @@ def grouped_attention(
     bounds = torch.stack([first, past]).int()
     maps = (x[None, None] for x in (q, k, v))
     grid, factor = [1, group_size], _scale(q, scale)
-    out, lse = tiles(*maps, lists[None].int(), bounds, reach.int(), grid, factor)
+    out, lse = attend_tiles(*maps, lists[None].int(), bounds, reach.int(), grid, factor)
     return (out[0, 0], lse[0, 0]) if return_lse else out[0, 0]

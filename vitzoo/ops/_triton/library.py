@@ -1,14 +1,18 @@
-"""The kernels as torch operators: one node each for compilers, with their own derivative."""
+"""The kernels as torch operators: one node each for compilers, with their own derivative.
+
+In eager mode `attend_rectangles` and `attend_tiles` go past the operators: on the way through
+torch's dispatcher, its derivatives and its checks a call takes longer than most kernels run.
+"""
 
 # Annotations are evaluated: torch reads the operators' schemas from them.
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from vitzoo.ops._triton import launch, tile_launch
-from vitzoo.ops._triton.launch import AXIAL, DENSE, NO_BIAS, TABLE, Rectangles
-from vitzoo.ops._triton.tile_launch import Tiles
+from vitzoo.ops._triton.launch import AXIAL, DENSE, NO_BIAS, TABLE, Call, Rectangles
+from vitzoo.ops._triton.tile_launch import TileCall, Tiles
 
 _AXIS = 9
 
@@ -35,6 +39,19 @@ def _results(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:4], v.shape[-1]), q.new_empty(q.shape[:4], dtype=torch.float32)
 
 
+def _through_operators(*tensors: Any) -> bool:
+    """Whether something beside autograd must see the call: a compiler, a mode, a transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 @torch.library.custom_op("vitzoo::rectangles", mutates_args=())
 def rectangles(
     q: Tensor,
@@ -50,14 +67,22 @@ def rectangles(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, W, heads, head_dim of v) and log-sum-exp (B, H, W, heads)."""
-    r = _rectangles(axes, neighbors, bias, rows, k_fill)
-    out, lse = _results(q, k, v)
-    extras = (bias, rows, columns, k_fill, v_fill)
-    launch.forward(r, q, k, v, extras, out, lse, scale).run(q.device)
-    return out, lse
+    return _rectangles_forward(
+        q, k, v, bias, rows, columns, k_fill, v_fill, axes, neighbors, scale
+    )
 
 
 rectangles.register_fake(_results)
+
+
+def _rectangles_forward(
+    q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *extras, axes, neighbors, scale = rest
+    r = _rectangles(axes, neighbors, extras[0], extras[1], extras[3])
+    out, lse = _results(q, k, v)
+    Call(r, q, k, v, extras, scale).forward(out, lse).run(q.device)
+    return out, lse
 
 
 @torch.library.custom_op("vitzoo::rectangles_backward", mutates_args=())
@@ -79,20 +104,35 @@ def rectangles_backward(
     scale: float,
 ) -> list[Tensor]:
     """Gradients of q, k, v, bias, rows, columns, k_fill, v_fill, without those not given."""
-    r = _rectangles(axes, neighbors, bias, rows, k_fill)
-    extras = (bias, rows, columns, k_fill, v_fill)
+    given = (q, k, v, bias, rows, columns, k_fill, v_fill)
+    return _rectangles_backward(d_out, d_lse, given, out, lse, axes, neighbors, scale)
+
+
+def _rectangles_backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    given: Any,
+    out: Tensor,
+    lse: Tensor,
+    axes: list[int],
+    neighbors: bool,
+    scale: float,
+) -> list[Tensor]:
+    q, k, v, *extras = given
+    bias = extras[0]
+    r = _rectangles(axes, neighbors, bias, extras[1], extras[3])
     d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
-    found = launch.allocate(r, q, k, v, rows)
-    saved = (out, lse, d_out, d_lse)
-    launch.queries(r, q, k, v, extras, saved, found, scale).run(q.device)
-    launch.keys(r, q, k, v, extras, lse, d_out, found, scale).run(q.device)
+    call = Call(r, q, k, v, extras, scale)
+    found = call.buffers()
+    call.queries((out, lse, d_out, d_lse), found).run(q.device)
+    call.keys(lse, d_out, found).run(q.device)
     heads = q.shape[3]
     gradients = [found.q, found.k, found.v]
-    if r.bias == DENSE and bias is not None:
-        call, shares = launch.dense_bias(r, q, k, v, extras, lse, d_out, found.delta, scale)
-        call.run(q.device)
+    if r.bias == DENSE:
+        sums, shares = call.dense_bias(lse, d_out, found.delta)
+        sums.run(q.device)
         gradients.append(shares.sum(0).to(bias.dtype))
-    if found.table is not None and bias is not None:
+    if found.table is not None:
         table = found.table.unflatten(0, (-1, heads)).sum(0)
         table = table[:, : bias.shape[1], : bias.shape[2]]
         gradients.append(table.to(bias.dtype).contiguous())
@@ -129,6 +169,32 @@ def _derivative(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
 
 
 rectangles.register_autograd(_derivative, setup_context=_keep)
+
+
+class _Rectangles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _rectangles_forward(*inputs)
+        _keep(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        found = iter(
+            _rectangles_backward(
+                d_out, d_lse, tensors, out, lse, ctx.axes, ctx.neighbors, ctx.scale
+            )
+        )
+        return *(None if x is None else next(found) for x in tensors), None, None, None
+
+
+def attend_rectangles(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`rectangles`, by the shortest way that serves."""
+    if _through_operators(*inputs):
+        return rectangles(*inputs)
+    return _Rectangles.apply(*inputs)
 
 
 def _tiles(
@@ -171,14 +237,22 @@ def tiles(
     (rows, columns); with `bounds` (2, cells) and `reach` (cells,), runs of tokens of one row, of
     which `grid[1]` is the most.
     """
-    t = _tiles(q, k, lists, bounds, grid)
-    out, lse = _results(q, k, v)
-    tables = [lists if x is None else x for x in (lists, bounds, reach)]
-    tile_launch.forward(t, (q, k, v), tables, out, lse, scale).run(q.device)
-    return out, lse
+    return _tiles_forward(q, k, v, lists, bounds, reach, grid, scale)
 
 
 tiles.register_fake(_results)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> TileCall:
+    lists, bounds, reach, grid, scale = rest
+    tables = [lists if x is None else x for x in (lists, bounds, reach)]
+    return TileCall(_tiles(q, k, lists, bounds, grid), (q, k, v), tables, scale)
+
+
+def _tiles_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _results(*inputs[:3])
+    _call(*inputs).forward(out, lse).run(out.device)
+    return out, lse
 
 
 @torch.library.custom_op("vitzoo::tiles_backward", mutates_args=())
@@ -197,15 +271,18 @@ def tiles_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    t = _tiles(q, k, lists, bounds, grid)
+    call = _call(q, k, v, lists, bounds, reach, grid, scale)
+    return _tiles_backward(call, d_out, d_lse, out, lse)
+
+
+def _tiles_backward(
+    call: TileCall, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
-    d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
+    d_q, d_k, d_v = (x.new_empty(x.shape) for x in call.maps)
     delta = torch.empty_like(lse)
-    tables = [lists if x is None else x for x in (lists, bounds, reach)]
-    saved = (out, lse, d_out, d_lse)
-    tile_launch.queries(t, (q, k, v), tables, saved, d_q, delta, scale).run(q.device)
-    saved = (lse, d_out, delta)
-    tile_launch.keys(t, (q, k, v), tables, saved, d_k, d_v, scale).run(q.device)
+    call.queries((out, lse, d_out, d_lse), d_q, delta).run(out.device)
+    call.keys((lse, d_out, delta), d_k, d_v).run(out.device)
     return d_q, d_k, d_v
 
 
@@ -225,3 +302,26 @@ def _derivative_of_tiles(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, .
 
 
 tiles.register_autograd(_derivative_of_tiles, setup_context=_keep_tiles)
+
+
+class _Tiles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _tiles_forward(*inputs)
+        _keep_tiles(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        call = _call(*tensors, ctx.grid, ctx.scale)
+        found = _tiles_backward(call, d_out, d_lse, out, lse)
+        return *found, None, None, None, None, None
+
+
+def attend_tiles(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`tiles`, by the shortest way that serves."""
+    if _through_operators(*inputs):
+        return tiles(*inputs)
+    return _Tiles.apply(*inputs)

@@ -55,15 +55,16 @@ def key_axis(unit, first, end, AXIS: tl.constexpr, NEIGHBORS: tl.constexpr):
 
 
 @triton.jit
-def meets(p_q, p_k, end, AXIS: tl.constexpr, NEIGHBORS: tl.constexpr):
-    """Whether queries p_q attend to keys p_k, along one axis."""
-    if NEIGHBORS:
-        first = tl.maximum(tl.minimum(p_q - AXIS[6] // 2, end - AXIS[6]), 0)
-        return (p_k >= first) & (p_k < first + AXIS[6])
-    else:
-        # The row of the key in the unit of the query.
-        j = p_k - ((p_q + AXIS[2]) // AXIS[0] * AXIS[1] - AXIS[3])
-        return (j >= 0) & (j < AXIS[5])
+def meets(p_q, p_k, end, AXIS: tl.constexpr):
+    """Whether queries p_q attend to keys p_k of their class, along one axis."""
+    first = tl.maximum(tl.minimum(p_q - AXIS[6] // 2, end - AXIS[6]), 0)
+    return (p_k >= first) & (p_k < first + AXIS[6])
+
+
+@triton.jit
+def table_offsets(at, AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr):
+    """Offsets whose difference, key minus query, is the place in a head's bias table."""
+    return at[0] * (2 * AXIS_X[6] - 1) + at[1]
 
 
 @triton.jit
@@ -86,22 +87,26 @@ def logits_of(
     q, k, bias, bias_strides, terms, head, at_q, at_k, unit_q, unit_k, ends, exists, scale,
     AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr, NEIGHBORS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Logits in base 2 of queries (rows) against keys; -inf for pairs that do not meet.
+    """Logits in base 2 of queries (rows) against keys of their unit; -inf for pairs that do not meet.
 
     at_q, at_k are (rows, columns) of members; unit_q, unit_k numbers inside the unit, for a dense
     bias; terms the (row, column) terms of an axial bias, spread over the pairs.
     """
     logits = product(q, tl.trans(k)) * (scale * LOG2_E)
-    met = exists & meets(at_q[0][:, None], at_k[0][None, :], ends[0], AXIS_Y, NEIGHBORS)
-    met = met & meets(at_q[1][:, None], at_k[1][None, :], ends[1], AXIS_X, NEIGHBORS)
+    met = exists
+    if NEIGHBORS:
+        met = met & meets(at_q[0][:, None], at_k[0][None, :], ends[0], AXIS_Y)
+        met = met & meets(at_q[1][:, None], at_k[1][None, :], ends[1], AXIS_X)
     if BIAS == DENSE:
         at = unit_q[:, None] * bias_strides[1] + unit_k[None, :] * bias_strides[2]
         found = tl.load(bias + head * bias_strides[0] + at, mask=met, other=0.0)
         logits += found.to(tl.float32) * LOG2_E
     if BIAS == TABLE:
-        y = at_k[0][None, :] - at_q[0][:, None] + AXIS_Y[6] - 1
-        x = at_k[1][None, :] - at_q[1][:, None] + AXIS_X[6] - 1
-        at = (head * (2 * AXIS_Y[6] - 1) + y) * (2 * AXIS_X[6] - 1) + x
+        of_keys = table_offsets(at_k, AXIS_Y, AXIS_X)
+        of_queries = table_offsets(at_q, AXIS_Y, AXIS_X)
+        first = head * ((2 * AXIS_Y[6] - 1) * (2 * AXIS_X[6] - 1))
+        center = (AXIS_Y[6] - 1) * (2 * AXIS_X[6] - 1) + AXIS_X[6] - 1
+        at = (of_keys + (first + center))[None, :] - of_queries[:, None]
         found = tl.load(bias + at, mask=met, other=0.0)
         logits += found.to(tl.float32) * LOG2_E
     if BIAS == AXIAL:

@@ -151,19 +151,15 @@ def queries(
 
 
 @triton.jit
-def attending(first, past, end, length, units, AXIS: tl.constexpr, NEIGHBORS: tl.constexpr):
-    """First query that attends to keys first..past-1, and one past the last."""
+def attending(first, past, end, units, AXIS: tl.constexpr, NEIGHBORS: tl.constexpr):
+    """The first member that attends to keys first..past-1, and one past the last; else, units."""
     if NEIGHBORS:
         low = tl.where(first < AXIS[6], 0, first - AXIS[6] // 2)
         high = tl.where(past > end - AXIS[6], end, past + AXIS[6] // 2)
         return low, high
     else:
         low = tl.maximum(first + AXIS[3] - AXIS[5] + AXIS[1], 0) // AXIS[1]
-        high = tl.minimum((past - 1 + AXIS[3]) // AXIS[1], units - 1)
-        return (
-            tl.maximum(low * AXIS[0] - AXIS[2], 0),
-            tl.minimum((high + 1) * AXIS[0] - AXIS[2], length),
-        )
+        return low, tl.minimum((past - 1 + AXIS[3]) // AXIS[1] + 1, units)
 
 
 @triton.jit
@@ -180,26 +176,16 @@ def key_tile(unit, sub, length, AXIS: tl.constexpr, SUB: tl.constexpr, NEIGHBORS
 
 
 @triton.jit
-def axial_term(terms, numbers, p_q, p_k, met, AXIS: tl.constexpr):
-    """The terms of pairs of queries and keys, picked one by one."""
-    unit = (p_q + AXIS[2]) // AXIS[0]
-    j = p_k[None, :] - (unit * AXIS[1] - AXIS[3])[:, None]
-    met = met & (j >= 0) & (j < AXIS[5])
-    found = tl.load(terms + numbers[:, None] * AXIS[5] + j, mask=met, other=0.0)
-    return found.to(tl.float32)
-
-
-@triton.jit
 def keys_of_unit(
     unit_y, unit_x, sub_y, sub_x, sizes,
     AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr,
     SUB: tl.constexpr, NEIGHBORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The keys of one tile, and the rectangle of queries that attend to them.
+    """The keys of one tile, and the members, or units, of queries that attend to them.
 
     Returns:
-        (members), (map positions), held, number in the unit, (ends), (classes), (first queries),
-        (one past the last queries).
+        (members), (map positions), held, (ends), (classes), (first members or units), (one past
+        the last).
     """
     first_y, past_y, end_y, class_y = key_tile(unit_y, sub_y, sizes[3], AXIS_Y, SUB[0], NEIGHBORS)
     first_x, past_x, end_x, class_x = key_tile(unit_x, sub_x, sizes[4], AXIS_X, SUB[1], NEIGHBORS)
@@ -207,83 +193,90 @@ def keys_of_unit(
     y, x = first_y + lanes // SUB[1], first_x + lanes % SUB[1]
     held = (y >= 0) & (y < past_y) & (x >= 0) & (x < past_x)
     at = (class_y + y * AXIS_Y[7], class_x + x * AXIS_X[7])
-    inside = (sub_y + lanes // SUB[1]) * AXIS_X[5] + sub_x + lanes % SUB[1]
-    low_y, high_y = attending(first_y, past_y, end_y, sizes[1], sizes[5], AXIS_Y, NEIGHBORS)
-    low_x, high_x = attending(first_x, past_x, end_x, sizes[2], sizes[6], AXIS_X, NEIGHBORS)
+    low_y, high_y = attending(first_y, past_y, end_y, sizes[5], AXIS_Y, NEIGHBORS)
+    low_x, high_x = attending(first_x, past_x, end_x, sizes[6], AXIS_X, NEIGHBORS)
     ends, classes = (end_y, end_x), (class_y, class_x)
-    return (y, x), at, held, inside, ends, classes, (low_y, low_x), (high_y, high_x)
+    return (y, x), at, held, ends, classes, (low_y, low_x), (high_y, high_x)
+
+
+@triton.jit
+def steps_of(
+    lows, highs,
+    AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr, NEIGHBORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Tiles of queries that attend to a tile of keys: of one rectangle, or of each unit."""
+    height, width = tl.maximum(highs[0] - lows[0], 0), tl.maximum(highs[1] - lows[1], 0)
+    if NEIGHBORS:
+        return tl.cdiv(height * width, BLOCK)
+    else:
+        return height * width * ((AXIS_Y[0] * AXIS_X[0] + BLOCK - 1) // BLOCK)
 
 
 @triton.jit
 def attending_queries(
-    start, lows, highs, classes, AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Queries `start` to `start + BLOCK` of a rectangle.
+    step, lows, highs, ends, classes, member, held, sizes,
+    AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr, NEIGHBORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The queries of a step.
 
     Returns:
-        (members), (map positions), valid, number inside the unit.
+        (members), (map positions), valid, number inside the unit; of the keys `member` the (rows,
+        columns) in that unit, and which exist there.
     """
-    steps = start + tl.arange(0, BLOCK)
     width = tl.maximum(highs[1] - lows[1], 1)
-    y, x = lows[0] + steps // width, lows[1] + steps % width
-    at = (classes[0] + y * AXIS_Y[7], classes[1] + x * AXIS_X[7])
-    in_y, in_x = (y + AXIS_Y[2]) % AXIS_Y[0], (x + AXIS_X[2]) % AXIS_X[0]
-    return (y, x), at, (y < highs[0]) & (x < highs[1]), in_y * AXIS_X[0] + in_x
-
-
-@triton.jit
-def terms_of_pairs(
-    maps,
-    numbers,
-    at_q,
-    at_k,
-    exists,
-    AXIS_Y: tl.constexpr,
-    AXIS_X: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """Axial terms of pairs, if there are."""
-    if BIAS == AXIAL:
-        return (
-            axial_term(maps[0], numbers, at_q[0], at_k[0], exists, AXIS_Y),
-            axial_term(maps[1], numbers, at_q[1], at_k[1], exists, AXIS_X),
-        )
+    if NEIGHBORS:
+        steps = step * BLOCK + tl.arange(0, BLOCK)
+        y, x = lows[0] + steps // width, lows[1] + steps % width
+        at = (classes[0] + y * AXIS_Y[7], classes[1] + x * AXIS_X[7])
+        return (y, x), at, (y < highs[0]) & (x < highs[1]), y, member, held
     else:
-        return 0.0, 0.0
+        chunks: tl.constexpr = (AXIS_Y[0] * AXIS_X[0] + BLOCK - 1) // BLOCK
+        unit = step // chunks
+        unit_y, unit_x = lows[0] + unit // width, lows[1] + unit % width
+        inside = step % chunks * BLOCK + tl.arange(0, BLOCK)
+        i_y, i_x = inside // AXIS_X[0], inside % AXIS_X[0]
+        y, x = unit_y * AXIS_Y[0] - AXIS_Y[2] + i_y, unit_x * AXIS_X[0] - AXIS_X[2] + i_x
+        valid = (i_y < AXIS_Y[0]) & (y >= 0) & (y < sizes[1]) & (x >= 0) & (x < sizes[2])
+        j_y = member[0] - (unit_y * AXIS_Y[1] - AXIS_Y[3])
+        j_x = member[1] - (unit_x * AXIS_X[1] - AXIS_X[3])
+        exist = held & (j_y >= 0) & (j_y < AXIS_Y[5]) & (j_x >= 0) & (j_x < AXIS_X[5])
+        return (y, x), (y, x), valid, inside, (j_y, j_x), exist
 
 
 @triton.jit
 def keys(
-    pointers, bias_strides, q_strides, k_strides, v_strides, sizes, scale, most,
+    pointers, bias_strides, q_strides, k_strides, v_strides, sizes, scale,
     AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr, SUB: tl.constexpr, NEIGHBORS: tl.constexpr,
     BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, KEY_SIDES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values: all queries that attend to it, at most `most`."""
+    """Gradients of a tile of keys and values: all queries that attend to it, in order."""
     maps, term_maps, saved, written = pointers
     q_map, k_map, v_map, bias = maps
     head, image, unit_y, unit_x, sub_y, sub_x = split_program(
         tl.program_id(0), sizes, KEY_SIDES[0], KEY_SIDES[1], SUB
     )
-    member, place, held, unit_k, ends, classes, lows, highs = keys_of_unit(
+    member, place, held, ends, classes, lows, highs = keys_of_unit(
         unit_y, unit_x, sub_y, sub_x, sizes, AXIS_Y, AXIS_X, SUB, NEIGHBORS, BLOCK_N
     )
     k = load_rows(k_map, offsets(image, place[0], place[1], head, k_strides), held, D, BLOCK_D)
     v = load_rows(v_map, offsets(image, place[0], place[1], head, v_strides), held, DV, BLOCK_DV)
     total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for start in range(0, most, BLOCK_M):
-        members, at, valid, unit_q = attending_queries(
-            start, lows, highs, classes, AXIS_Y, AXIS_X, BLOCK_M
-        )
+    for step in range(0, steps_of(lows, highs, AXIS_Y, AXIS_X, NEIGHBORS, BLOCK_M)):
+        members, at, valid, unit_q, j, exist = attending_queries(
+            step, lows, highs, ends, classes, member, held, sizes,
+            AXIS_Y, AXIS_X, NEIGHBORS, BLOCK_M,
+        )  # fmt: skip
         q = load_rows(q_map, offsets(image, at[0], at[1], head, q_strides), valid, D, BLOCK_D)
         numbers = row_numbers(image, at[0], at[1], head, sizes[0], sizes[1], sizes[2])
         lse, delta, d_out = rows_of_gradient(saved, numbers, valid, DV, BLOCK_DV)
-        exists = valid[:, None] & held[None, :]
-        terms = terms_of_pairs(term_maps, numbers, members, member, exists, AXIS_Y, AXIS_X, BIAS)
+        terms = query_terms(term_maps, numbers, valid, AXIS_Y, AXIS_X, BIAS, BLOCK_W)
         logits = logits_of(
-            q, k, bias, bias_strides, terms, head, members, member, unit_q, unit_k, ends, exists,
-            scale, AXIS_Y, AXIS_X, NEIGHBORS, BIAS,
+            q, k, bias, bias_strides, spread_terms(terms, j, BIAS, BLOCK_W), head, members, member,
+            unit_q, j[0] * AXIS_X[5] + j[1], ends, valid[:, None] & exist[None, :], scale,
+            AXIS_Y, AXIS_X, NEIGHBORS, BIAS,
         )  # fmt: skip
         weights, d_logits = gradient_step(logits, lse, delta, d_out, v)
         total_v += product(tl.trans(weights.to(d_out.dtype)), d_out)
