@@ -85,11 +85,8 @@ def gpu(
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/gpu.json"),
 ) -> None:
     """Every operator on this GPU: right against float64, then time and memory."""
-    import json
-
     from vitzoo.engine.bench_gpu import run_gpu
+    from vitzoo.engine.bench_gpu_table import write
 
-    report = run_gpu(seconds=seconds, enable=enable, say=typer.echo)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
-    typer.echo(f"-> {out}")
+    run_gpu(seconds=seconds, enable=enable, say=typer.echo, save=lambda report: write(report, out))
+    typer.echo(f"-> {out}, {out.with_suffix('.md')}")

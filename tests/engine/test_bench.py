@@ -168,7 +168,7 @@ def test_only_kernels_that_agree_are_recorded(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setitem(operator.backends, "triton", Backend("triton", double))
     monkeypatch.setattr(bench_gpu, "ODD", {"channel": (cases.channel(63),)})
-    rows = bench_gpu.check_all("cpu", ["float32", "bfloat16"])
+    rows = list(bench_gpu.check_all("cpu", ["float32", "bfloat16"]))
     kernels = {(r["dtype"], r["direction"]): r["problem"] for r in rows if r["backend"] == "triton"}
     assert kernels["float32", "forward"] is None
     assert "is off by" in kernels["bfloat16", "forward"]

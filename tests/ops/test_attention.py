@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -20,6 +22,20 @@ def test_attention_portable_agrees(queries: int, keys: int, scale: float | None)
     assert_backend_agrees(attention, "portable", tensors, scale=scale)
     assert_backend_agrees(attention, "portable", tensors | {"bias": bias}, scale=scale)
     assert_backend_agrees(attention, "portable", tensors, mask=mask, scale=scale)
+
+
+@pytest.mark.parametrize("batch_of_bias", [1, 8])
+def test_a_batch_over_what_cuda_can_number(
+    batch_of_bias: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("vitzoo.ops.attention")
+
+    monkeypatch.setattr(module, "_LARGEST_BATCH", 3)
+    q, k, v, bias = random_tensors(5, *[(8, 5, 2, 4)] * 3, (batch_of_bias, 2, 5, 5))
+    mask = torch.rand(8, 1, 5, 5, generator=torch.Generator().manual_seed(1)) > 0.2
+    found = module._in_pieces(q, k, v, bias, mask, 0.3)
+    whole = attention(q, k, v, bias=bias, mask=mask, scale=0.3, backend="reference")
+    torch.testing.assert_close(found, whole)
 
 
 def test_a_query_without_keys_gives_zeros() -> None:

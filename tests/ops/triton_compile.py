@@ -192,7 +192,8 @@ def rows(names: list[str], architectures: list[int], dtypes: list[str]) -> Itera
                 done.add(key)
                 for architecture in architectures:
                     row = {"call": name, "dtype": dtype, "kernel": plan.kernel}
-                    tile = {k: plan.constants[k] for k in ("BLOCK_M", "BLOCK_N", "BLOCK_D")}
+                    sides = ("BLOCK_M", "BLOCK_N", "BLOCK_D")
+                    tile = {k: plan.constants[k] for k in sides if k in plan.constants}
                     row |= {
                         "architecture": architecture,
                         "warps": plan.options["num_warps"],

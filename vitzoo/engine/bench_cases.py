@@ -8,7 +8,7 @@ torch's fused attention. Needs torch alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class Case:
     Attributes:
         operator: its name in `vitzoo.ops`.
         label: the shape in words.
-        shapes: of the leaves, by argument name; `height` and `width` make the axial bias.
+        shapes: of the leaves, by argument name; `height` and `width` make the axial bias,
+            `k_fill` and `v_fill` the constant outside a map.
         settings: the other keyword arguments.
         tokens: queries of the whole batch.
         bars: (written-out form, direction) -> least ratio in float32 on the CPU.
@@ -59,14 +60,22 @@ class Case:
                 found[name] *= scale
         return {n: t.to(device, dtype).requires_grad_() for n, t in found.items()}
 
+    def on(self, device: torch.device | str) -> Case:
+        """The same call with its settings on a device."""
+        settings = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.settings.items()
+        }
+        return replace(self, settings=settings)
+
     def run(self, leaves: Mapping[str, Tensor], form: str = "auto") -> Tensor:
         """The operator by a backend's name, or a written-out form by its own."""
         given: dict[str, Any] = dict(leaves)
         if "height" in given:
             given["axial_bias"] = (given.pop("height"), given.pop("width"))
-        device = next(iter(leaves.values())).device
-        for name, value in self.settings.items():
-            given[name] = value.to(device) if isinstance(value, Tensor) else value
+        if "k_fill" in given:
+            given["fill"] = (given.pop("k_fill"), given.pop("v_fill"))
+        given |= self.settings
         if form == "eager" and self.operator in WRITTEN:
             return WRITTEN[self.operator](**given)
         if form in FORMS:
@@ -204,24 +213,50 @@ GATHERED: dict[str, Callable[..., Gathered]] = {
 }
 
 
-def window(H: int, W: int, *, heads: int = 3, d: int = 32, batch: int = 1, size: int = 7) -> Case:
-    """Windows of size x size."""
+def window(
+    H: int,
+    W: int,
+    *,
+    heads: int = 3,
+    d: int = 32,
+    batch: int = 1,
+    size: int = 7,
+    shift: int = 0,
+    biased: bool = False,
+    filled: bool = False,
+) -> Case:
+    """Windows of size x size; shifted, with a bias, with a constant outside only to be checked."""
+    extra: dict[str, tuple[int, ...]] = {"bias": (heads, size**2, size**2)} if biased else {}
+    extra |= dict.fromkeys(("k_fill", "v_fill"), (heads, d)) if filled else {}
+    kind = f"{f'shift {shift}, ' * (shift > 0)}{'bias, ' * biased}{'constant, ' * filled}"
     return Case(
         operator="window_attention",
-        label=f"{batch} x {H}x{W}, windows {size}x{size}, {heads} heads of {d}",
-        shapes=_qkv(batch, H, W, heads, d),
-        settings={"window_size": size},
+        label=f"{batch} x {H}x{W}, windows {size}x{size}, {kind}{heads} heads of {d}",
+        shapes=_qkv(batch, H, W, heads, d) | extra,
+        settings={"window_size": size} | ({"shift": shift} if shift else {}),
         tokens=batch * H * W,
     )
 
 
-def halo(H: int, W: int, *, heads: int = 8, d: int = 16, batch: int = 1, **bars: float) -> Case:
+def halo(
+    H: int,
+    W: int,
+    *,
+    heads: int = 8,
+    d: int = 16,
+    batch: int = 1,
+    border: str = "zero",
+    **bars: float,
+) -> Case:
     """Blocks of 8 with a halo of 3 and an axial bias: 64 queries to 196 keys."""
+    filled = dict.fromkeys(("k_fill", "v_fill"), (heads, d)) if border == "constant" else {}
+    other = {} if border == "zero" else {"border": border}
     return Case(
         operator="halo_attention",
-        label=f"{batch} x {H}x{W}, blocks 8 + 3, axial bias, {heads} heads of {d}",
-        shapes=_qkv(batch, H, W, heads, d) | {"height": (27, d), "width": (27, d)},
-        settings={"block_size": 8, "halo_size": 3},
+        label=f"{batch} x {H}x{W}, blocks 8 + 3, axial bias, "
+        f"{f'border {border}, ' if other else ''}{heads} heads of {d}",
+        shapes=_qkv(batch, H, W, heads, d) | {"height": (27, d), "width": (27, d)} | filled,
+        settings={"block_size": 8, "halo_size": 3} | other,
         tokens=batch * H * W,
         bars={("eager", direction): bar for direction, bar in bars.items()},
     )
@@ -235,15 +270,17 @@ def neighborhood(
     d: int = 32,
     batch: int = 1,
     biased: bool = True,
+    dilation: int = 1,
     **bars: float,
 ) -> Case:
     """Kernel 7, with a bias table as in NAT, or without as in natten."""
     table = {"bias": (heads, 13, 13)} if biased else {}
+    kind = f"{'bias, ' * biased}{f'dilation {dilation}, ' * (dilation > 1)}"
     return Case(
         operator="neighborhood_attention",
-        label=f"{batch} x {H}x{W}, kernel 7, {'bias, ' * biased}{heads} heads of {d}",
+        label=f"{batch} x {H}x{W}, kernel 7, {kind}{heads} heads of {d}",
         shapes=_qkv(batch, H, W, heads, d) | table,
-        settings={"kernel_size": 7},
+        settings={"kernel_size": 7} | ({"dilation": dilation} if dilation > 1 else {}),
         tokens=batch * H * W,
         bars={("eager", direction): bar for direction, bar in bars.items()},
     )
@@ -316,12 +353,32 @@ def _qkv(B: int, H: int, W: int, heads: int, d: int) -> dict[str, tuple[int, ...
     return dict.fromkeys("qkv", (B, H, W, heads, d))
 
 
-# Odd sizes, on which a form has to agree with the reference before it is timed.
+# Odd sizes, on which a form has to agree with the reference before it is timed; with each kind of
+# bias and border, and tiles of every size that the kernels cut.
 ODD = {
-    "window": (window(7, 9), window(13, 30, batch=2)),
-    "halo": (halo(7, 9), halo(13, 30, batch=2)),
-    "neighborhood": (neighborhood(7, 9), neighborhood(13, 30, batch=2)),
-    "routed": (routed(14, grid=7, chosen=16, heads=2), routed(33, grid=3, chosen=2, heads=1)),
+    "window": (
+        window(7, 9),
+        window(13, 30, batch=2),
+        window(13, 17, batch=2, shift=3, biased=True),
+        window(9, 18, size=8, d=24, biased=True, filled=True),
+    ),
+    "halo": (
+        halo(7, 9),
+        halo(13, 30, batch=2),
+        halo(9, 21, border="mask", d=32, heads=3),
+        halo(9, 21, border="constant", d=24, heads=2),
+    ),
+    "neighborhood": (
+        neighborhood(7, 9),
+        neighborhood(13, 30, batch=2),
+        neighborhood(15, 23, dilation=2, heads=3),
+        neighborhood(9, 11, biased=False, d=16),
+    ),
+    "routed": (
+        routed(14, grid=7, chosen=16, heads=2),
+        routed(33, grid=3, chosen=2, heads=1),
+        routed(24, grid=3, chosen=2, heads=3),
+    ),
     "grouped": (grouped(5, 0, 31, group=9), grouped(300, 7)),
     "attention": (attention(49), attention(131, batch=2)),
     "channel": (channel(63), channel(390, batch=2)),

@@ -63,6 +63,7 @@ def compare(
     Returns:
         `errors` by name, `bounds` by name, and `disagrees`: None or a sentence.
     """
+    case = case.on(device)
     leaves = case.leaves(dtype, device)
     exact_leaves = {n: t.detach().double().requires_grad_() for n, t in leaves.items()}
     exact = results(case, exact_leaves, "reference", backward=backward)

@@ -8,12 +8,14 @@ timed. `tools/bench_gpu.py` runs it where timm and typer are not installed.
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from importlib.metadata import version
 from multiprocessing import get_context
 from typing import Any
 
@@ -23,7 +25,7 @@ from vitzoo.engine import bench_cases as cases
 from vitzoo.engine.bench_cases import ODD, Case
 from vitzoo.engine.bench_checks import compare
 from vitzoo.errors import InputError
-from vitzoo.ops import OPERATORS, _proven
+from vitzoo.ops import OPERATORS, _proven, use_backend
 
 DTYPES = ("float32", "float16", "bfloat16")
 # Backends that run on a GPU; the portable one is what kernels have to beat.
@@ -188,8 +190,6 @@ def _forms(case: Case, leaves: dict[str, torch.Tensor]) -> dict[str, Callable[[]
     forms: dict[str, Callable[[], torch.Tensor]] = {
         name: partial(case.run, leaves, name) for name in (*backends, *written)
     }
-    if case.operator == "neighborhood_attention" and "bias" in leaves:
-        forms["flex"] = flex_neighborhood(case, leaves)
     q = leaves["q"]
     if q.dim() == 5 and q.shape[1] * q.shape[2] <= _DENSE_TOKENS:
         dense = cases.attention(q.shape[1] * q.shape[2])
@@ -199,35 +199,70 @@ def _forms(case: Case, leaves: dict[str, torch.Tensor]) -> dict[str, Callable[[]
 
 
 def time_all(
-    wrong: set[tuple[str, str]], copy_bytes: float, until: float
+    wrong: set[tuple[str, str, str]], copy_bytes: float, until: float
 ) -> Iterator[dict[str, Any]]:
-    """Median milliseconds and peak memory of every form in bfloat16, forward and with gradients.
+    """Median milliseconds and peak memory of every form, forward and with gradients.
+
+    In bfloat16; the first case of every operator also in float32, by the backends alone.
 
     Args:
-        wrong: (operator, backend) that disagreed in bfloat16; not timed.
+        wrong: (operator, backend, dtype) that disagreed; not timed.
         copy_bytes: bytes per second that a copy moves here, for the byte floor.
         until: no case begins after this time of `time.monotonic`.
     """
-    for name, timed in TIMED.items():
-        for case in timed:
-            for backward in (False, True):
-                if time.monotonic() > until:
-                    return
-                leaves = case.leaves(torch.bfloat16, "cuda")
-                row: dict[str, Any] = {
-                    "operator": name,
-                    "case": case.label,
-                    "direction": "both" if backward else "forward",
-                    "forms": {},
-                }
-                if not backward:
-                    row["floor_ms"] = 1e3 * case.least_bytes(torch.bfloat16) / copy_bytes
-                for form, run in _forms(case, leaves).items():
-                    if (case.operator, form) in wrong:
-                        row["forms"][form] = {"refused": "it disagrees with the reference"}
-                        continue
-                    row["forms"][form] = _time(run, list(leaves.values()), backward=backward)
-                yield row
+    for dtype in ("bfloat16", "float32"):
+        for name, timed in TIMED.items():
+            for case in timed if dtype == "bfloat16" else timed[:1]:
+                for backward in (False, True):
+                    if time.monotonic() > until:
+                        return
+                    yield _time_case(name, case, dtype, wrong, copy_bytes, backward=backward)
+
+
+def _time_case(
+    name: str,
+    case: Case,
+    dtype: str,
+    wrong: set[tuple[str, str, str]],
+    copy_bytes: float,
+    *,
+    backward: bool,
+) -> dict[str, Any]:
+    kind = getattr(torch, dtype)
+    case = case.on("cuda")
+    leaves = case.leaves(kind, "cuda")
+    row: dict[str, Any] = {
+        "operator": name,
+        "case": case.label,
+        "dtype": dtype,
+        "direction": "both" if backward else "forward",
+        "forms": {},
+    }
+    if not backward:
+        row["floor_ms"] = 1e3 * case.least_bytes(kind) / copy_bytes
+    for form, run in _forms(case, leaves).items():
+        if (case.operator, form, dtype) in wrong:
+            row["forms"][form] = {"refused": "it disagrees with the reference"}
+        elif dtype == "bfloat16" or form in BACKENDS:
+            row["forms"][form] = _time(run, list(leaves.values()), backward=backward)
+    return row
+
+
+def time_flex(until: float) -> Iterator[dict[str, Any]]:
+    """Neighborhood attention with a bias by compiled flex_attention: compiling takes a while."""
+    case = TIMED["neighborhood"][0].on("cuda")
+    leaves = case.leaves(torch.bfloat16, "cuda")
+    for backward in (False, True):
+        if time.monotonic() > until:
+            return
+        found = _time(flex_neighborhood(case, leaves), list(leaves.values()), backward=backward)
+        yield {
+            "operator": "neighborhood",
+            "case": case.label,
+            "dtype": "bfloat16",
+            "direction": "both" if backward else "forward",
+            "forms": {"flex": found},
+        }
 
 
 def _time(
@@ -280,28 +315,37 @@ def _graph_ms(step: Callable[[], None], steps: int = 5, replays: int = 9) -> flo
 
 
 def time_models(until: float) -> Iterator[dict[str, Any]]:
-    """Images per second in inference and peak memory of a training step, in bfloat16."""
+    """Images per second in inference and peak memory of a training step, in bfloat16.
+
+    With the kernels (`triton`) and without (`portable`).
+    """
     import timm
 
     import vitzoo  # noqa: F401  (registers the zoo's names)
 
-    for name in MODELS:
-        for size, batch in MODEL_SETTINGS:
+    for size, batch in MODEL_SETTINGS:
+        for name in MODELS:
             if time.monotonic() > until:
                 return
             model: Any = timm.create_model(name).to("cuda", torch.bfloat16)
             images = torch.randn(batch, 3, size, size, device="cuda", dtype=torch.bfloat16)
-            forward = _time(lambda: model.eval()(images), [], backward=False)  # noqa: B023
-            weights = [p for p in model.parameters() if p.requires_grad]
-            train = _time(lambda: model.train()(images), weights, backward=True)  # noqa: B023
-            yield {
-                "model": name,
-                "size": size,
-                "batch": batch,
-                "images_per_second": 1e3 * batch / forward["ms"] if "ms" in forward else None,
-                "forward": forward,
-                "train": train,
-            }
+            row: dict[str, Any] = {"model": name, "size": size, "batch": batch}
+            for backend in BACKENDS:
+                with use_backend(backend):
+                    row[backend] = _time_model(model, images)
+            yield row
+
+
+def _time_model(model: Any, images: torch.Tensor) -> dict[str, Any]:
+    weights = [p for p in model.parameters() if p.requires_grad]
+    forward = _time(lambda: model.eval()(images), [], backward=False)
+    train = _time(lambda: model.train()(images), weights, backward=True)
+    best = min((forward[k] for k in ("ms", "graph_ms") if forward.get(k)), default=None)
+    return {
+        "images_per_second": None if best is None else 1e3 * len(images) / best,
+        "forward": forward,
+        "train": train,
+    }
 
 
 def copy_speed() -> float:
@@ -314,7 +358,11 @@ def copy_speed() -> float:
 
 
 def run_gpu(
-    *, seconds: float = 450.0, enable: bool = False, say: Callable[[str], None] = lambda line: None
+    *,
+    seconds: float = 450.0,
+    enable: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    save: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Check, time, and with `enable` record what agreed for this machine.
 
@@ -322,6 +370,7 @@ def run_gpu(
         seconds: nothing new is timed after so long.
         enable: write the kernels that agreed into the user's own record.
         say: gets a line per finding.
+        save: gets the report after every stage, so that a killed run leaves what it found.
 
     Raises:
         InputError: no GPU.
@@ -333,31 +382,62 @@ def run_gpu(
         "device": torch.cuda.get_device_name(),
         "capability": capability,
         "torch": torch.__version__,
+        "triton": version("triton"),
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
+        "kernels": _proven.kernels_digest(),
     }
-    checks = check_all()
-    for row in checks:
+    report: dict[str, Any] = {"machine": facts, "checks": [], "rows": [], "models": []}
+    for row in check_all(workers=min(16, os.cpu_count() or 1)):
+        report["checks"].append(row)
         verdict = row["problem"] or f"agrees, {row['error']:.1e}"
         say(f"{row['operator']} {row['backend']} {row['dtype']} {row['direction']}: {verdict}")
+    # Processes finish in any order.
+    report["checks"].sort(key=lambda row: [str(value) for value in row.values()])
     if enable:
-        records = proven_records(checks, capability, facts)
+        records = proven_records(report["checks"], capability, facts)
         say(f"{len(records)} records -> {_proven.write_records(records)}")
-    report: dict[str, Any] = {"machine": facts, "checks": checks, "rows": [], "models": []}
+    save(report)
     wrong = {
-        (row["operator"], row["backend"])
-        for row in checks
-        if row["problem"] is not None and row["dtype"] == "bfloat16"
+        (row["operator"], row["backend"], row["dtype"])
+        for row in report["checks"]
+        if row["problem"] is not None
     }
     report["copy_bytes_per_second"] = copy_speed()
     for found in time_all(wrong, report["copy_bytes_per_second"], until):
         report["rows"].append(found)
-        shown = ", ".join(f"{f} {t['ms']:.3f} ms" for f, t in found["forms"].items() if "ms" in t)
-        say(f"{found['operator']} {found['case']} {found['direction']}: {shown}")
+        say(sentence(found))
+    save(report)
     if importlib.util.find_spec("timm") is None:
         say("timm is not installed: no whole models")
-        return report
-    for found in time_models(until):
-        report["models"].append(found)
-        say(f"{found['model']} {found['size']}: {found['images_per_second']} images/s")
+    else:
+        for found in time_models(until):
+            report["models"].append(found)
+            rates = (f"{name} {found[name]['images_per_second']:.0f}" for name in BACKENDS)
+            say(f"{found['model']} {found['size']}: images/s {', '.join(rates)}")
+            save(report)
+    for found in time_flex(until):
+        same = [
+            row
+            for row in report["rows"]
+            if all(row[k] == found[k] for k in ("case", "dtype", "direction"))
+        ]
+        (same[0] if same else found)["forms"].update(found["forms"])
+        report["rows"] += [] if same else [found]
+        say(sentence(found))
+    save(report)
     return report
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """A row of timings in one line: by CUDA graph where one could be captured."""
+    shown = ", ".join(
+        f"{form} {_us(found)}" for form, found in row["forms"].items() if "ms" in found
+    )
+    return f"{row['operator']} {row['case']} {row['dtype']} {row['direction']}, us: {shown}"
+
+
+def _us(found: dict[str, Any]) -> str:
+    graph = found["graph_ms"]
+    called = f"{1e3 * found['ms']:.0f} called"
+    return called if graph is None else f"{1e3 * graph:.0f} ({called})"

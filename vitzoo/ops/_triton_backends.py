@@ -83,7 +83,9 @@ def neighborhood_attention(
         axes += [side, side, 0, 0, 0, side + kernel - 1, kernel, step, 0]
     if bias is not None:
         bias = bias.contiguous()
-    out, lse = attend_rectangles(q, k, v, bias, None, None, None, None, axes, True, _scale(q, scale))
+    out, lse = attend_rectangles(
+        q, k, v, bias, None, None, None, None, axes, True, _scale(q, scale)
+    )
     return (out, lse) if return_lse else out
 
 
@@ -106,25 +108,13 @@ def halo_attention(
     window, side = block_size + 2 * halo_size, block_size // stride
     reach = 0 if border == "mask" else halo_size
     axis = [side, block_size, 0, halo_size, reach, window, 1, 1, 0]
-    rows = columns = None
+    height = width = None
     if axial_bias is not None:
-        rows = _terms(q, axial_bias[0].to(q.dtype), window, side, across=False)
-        columns = _terms(q, axial_bias[1].to(q.dtype), window, side, across=True)
+        height, width = (table.to(q.dtype).contiguous() for table in axial_bias)
     out, lse = attend_rectangles(
-        q, k, v, None, rows, columns, *_constants(fill, k), [*axis, *axis], False, _scale(q, scale)
+        q, k, v, None, height, width, *_constants(fill, k), [*axis, *axis], False, _scale(q, scale)
     )
     return (out, lse) if return_lse else out
-
-
-def _terms(q: Tensor, table: Tensor, window: int, side: int, *, across: bool) -> Tensor:
-    """q . table[window - 1 + key - query], (B, H, W, heads, window), keys of the query's window."""
-    length = q.shape[2] if across else q.shape[1]
-    query = torch.arange(length, device=q.device) % side
-    key = torch.arange(window, device=q.device)
-    at = window - 1 + key - query[:, None]
-    products = q @ table.t()
-    at = at[None, None, :, None] if across else at[None, :, None, None]
-    return products.gather(-1, at.expand(*q.shape[:4], window)).contiguous()
 
 
 def routed_attention(

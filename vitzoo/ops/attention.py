@@ -14,6 +14,8 @@ from vitzoo.ops.attention_weights import attention_weights_reference
 
 # Up to so many keys, a training step is faster with products and a softmax that keeps its result.
 _FEW_KEYS = 64
+# Blocks along the second and third axis of a CUDA grid, which count the batch.
+_LARGEST_BATCH = 65_535
 
 
 def attention_reference(
@@ -50,6 +52,8 @@ def attention_portable(
         learned_bias = bias is not None and bias.requires_grad
         if q.dtype != torch.float32 or k.shape[1] <= _FEW_KEYS or learned_bias:
             return attention_reference(q, k, v, bias=bias, mask=mask, scale=scale)
+    if q.device.type == "cuda" and q.shape[0] > _LARGEST_BATCH:
+        return _in_pieces(q, k, v, bias, mask, scale)
     attend = bias
     on_cpu = q.device.type == "cpu" and q.dtype == torch.float32
     # Graph formats know no bits.
@@ -64,6 +68,21 @@ def attention_portable(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attend, scale=scale
     )
     return out.transpose(1, 2)
+
+
+def _in_pieces(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """A batch of windows of large images, over what torch's CUDA kernels can number."""
+    out = []
+    for start in range(0, q.shape[0], _LARGEST_BATCH):
+        piece = slice(start, start + _LARGEST_BATCH)
+        of_pairs = {
+            name: x[piece] if x is not None and x.dim() == 4 and x.shape[0] > 1 else x
+            for name, x in (("bias", bias), ("mask", mask))
+        }
+        out.append(attention_portable(q[piece], k[piece], v[piece], **of_pairs, scale=scale))
+    return torch.cat(out)
 
 
 def _minus_infinity(mask: Tensor) -> Tensor:

@@ -13,15 +13,19 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def offsets(image, y, x, head, strides):
-    """Offsets of rows in a map, in 64 bits: a batch of large maps passes 2^31 numbers."""
+    """Offsets of rows in a map.
+
+    From a base in 64 bits, because a batch of large maps passes 2^31 numbers; one image of it does
+    not (`why_not_triton`), and 64 bits for every row would be a fifth of all instructions.
+    """
     base = image.to(tl.int64) * strides[0] + head * strides[3]
-    return base + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
+    return base + (y * strides[1] + x * strides[2])
 
 
 @triton.jit
 def row_numbers(image, y, x, head, heads, H, W):
-    """Row numbers in a contiguous (B, H, W, heads) tensor, in 64 bits."""
-    return ((image.to(tl.int64) * H + y) * W + x) * heads + head
+    """Row numbers in a contiguous (B, H, W, heads) tensor, in 64 bits as above."""
+    return image.to(tl.int64) * (H * W * heads) + head + (y * W + x) * heads
 
 
 @triton.jit

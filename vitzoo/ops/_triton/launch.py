@@ -20,8 +20,9 @@ from vitzoo.ops._kernels import lanes
 Axis = tuple[int, ...]
 
 NO_BIAS, DENSE, TABLE, AXIAL = range(4)
-# Programs that share the sum of a dense bias's gradient.
+# Programs that share the sum of a dense bias's gradient, and of the tables' of axial terms.
 _SLOTS = 32
+_TERM_SLOTS = 256
 
 
 def power_of_two(n: int, least: int = 16) -> int:
@@ -147,6 +148,8 @@ def schedule(q: Layout, kernel: str, constants: dict[str, Any]) -> dict[str, int
         options = {"num_warps": 2, "num_stages": 2}
     else:
         options = {"num_warps": 4, "num_stages": 1}
+    if kernel == "keys" and constants.get("BIAS") == TABLE:
+        options["num_stages"] = 1
     # The assembler stops at 80 to 168 of its own accord and spills a word or two there.
     return options if torch.version.hip else options | {"maxnreg": 255}
 
@@ -257,6 +260,49 @@ class Call:
             k_fill=shares("BLOCK_D") if self.r.fill else None,
             v_fill=shares("BLOCK_DV") if self.r.fill else None,
         )
+
+
+def axial_terms(r: Rectangles, q: Tensor, tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Terms (B, H, W, heads, window) of queries by the row and by the column of a key."""
+    plan = _term_plan("forward", r, layout(q))
+    rows, columns = (q.new_empty(*q.shape[:4], axis[5]) for axis in r.axes)
+    Launch(plan, ((q, tuple(tables), (rows, columns)),)).run(q.device)
+    return rows, columns
+
+
+def axial_gradients(
+    r: Rectangles, q: Tensor, tables: Sequence[Tensor], found: Gradients
+) -> list[Tensor]:
+    """Gradients of the two tables; adds to that of q."""
+    plan = _term_plan("backward", r, layout(q))
+    block = plan.constants["BLOCK_R"], plan.constants["BLOCK_D"]
+    shares = tuple(q.new_empty(*plan.grid, *block, dtype=torch.float32) for _ in tables)
+    d_terms = (found.rows, found.columns)
+    Launch(plan, ((q, tuple(tables), d_terms, found.q, shares),)).run(q.device)
+    sums = (
+        share.sum(0)[: t.shape[0], : t.shape[1]] for share, t in zip(shares, tables, strict=True)
+    )
+    return [x.to(q.dtype).contiguous() for x in sums]
+
+
+@lru_cache(maxsize=4096)
+def _term_plan(kernel: str, r: Rectangles, q: Layout) -> Plan:
+    sides, windows = (tuple(axis[i] for axis in r.axes) for i in (0, 5))
+    rows = q.shape[0] * q.shape[1] * q.shape[2] * q.shape[3]
+    block = 32
+    constants = {
+        "SIDES": sides,
+        "WINDOWS": windows,
+        "D": q.shape[-1],
+        "BLOCK_M": block,
+        "BLOCK_D": power_of_two(q.shape[-1]),
+        "BLOCK_R": power_of_two(2 * max(windows) - 1),
+    }
+    programs = -(-rows // block)
+    grid = (programs if kernel == "forward" else min(programs, _TERM_SLOTS),)
+    numbers = (q.strides[:4], (q.shape[3], q.shape[1], q.shape[2], rows))
+    options = {"num_warps": 4 if q.dtype == torch.float32 else 1, "num_stages": 2}
+    return Plan("terms", kernel, grid, numbers, constants, options)
 
 
 @dataclass

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vitzoo.ops._triton.launch import AXIAL, DENSE, NO_BIAS, TABLE, Call, Rectangles
+from vitzoo.ops._triton.launch import (
+    AXIAL,
+    DENSE,
+    NO_BIAS,
+    TABLE,
+    Call,
+    Rectangles,
+    axial_gradients,
+    axial_terms,
+)
 from vitzoo.ops._triton.tile_launch import TileCall, Tiles
 
 _AXIS = 9
@@ -21,11 +30,11 @@ def _rectangles(
     axes: list[int],
     neighbors: bool,
     bias: Optional[Tensor],  # noqa: UP045
-    rows: Optional[Tensor],  # noqa: UP045
+    height: Optional[Tensor],  # noqa: UP045
     k_fill: Optional[Tensor],  # noqa: UP045
 ) -> Rectangles:
     kind = NO_BIAS
-    if rows is not None:
+    if height is not None:
         kind = AXIAL
     elif bias is not None:
         kind = TABLE if neighbors else DENSE
@@ -58,28 +67,29 @@ def rectangles(
     k: Tensor,
     v: Tensor,
     bias: Optional[Tensor],  # noqa: UP045
-    rows: Optional[Tensor],  # noqa: UP045
-    columns: Optional[Tensor],  # noqa: UP045
+    height: Optional[Tensor],  # noqa: UP045
+    width: Optional[Tensor],  # noqa: UP045
     k_fill: Optional[Tensor],  # noqa: UP045
     v_fill: Optional[Tensor],  # noqa: UP045
     axes: list[int],
     neighbors: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, W, heads, head_dim of v) and log-sum-exp (B, H, W, heads)."""
-    return _rectangles_forward(
-        q, k, v, bias, rows, columns, k_fill, v_fill, axes, neighbors, scale
-    )
+    """Output (B, H, W, heads, head_dim of v) and log-sum-exp (B, H, W, heads).
+
+    `height` and `width` are tables (2 * window - 1, head_dim) of axial terms.
+    """
+    return _rectangles_forward(q, k, v, bias, height, width, k_fill, v_fill, axes, neighbors, scale)
 
 
 rectangles.register_fake(_results)
 
 
-def _rectangles_forward(
-    q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _rectangles_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *extras, axes, neighbors, scale = rest
     r = _rectangles(axes, neighbors, extras[0], extras[1], extras[3])
+    if r.bias == AXIAL:
+        extras[1:3] = axial_terms(r, q, extras[1:3])
     out, lse = _results(q, k, v)
     Call(r, q, k, v, extras, scale).forward(out, lse).run(q.device)
     return out, lse
@@ -93,8 +103,8 @@ def rectangles_backward(
     k: Tensor,
     v: Tensor,
     bias: Optional[Tensor],  # noqa: UP045
-    rows: Optional[Tensor],  # noqa: UP045
-    columns: Optional[Tensor],  # noqa: UP045
+    height: Optional[Tensor],  # noqa: UP045
+    width: Optional[Tensor],  # noqa: UP045
     k_fill: Optional[Tensor],  # noqa: UP045
     v_fill: Optional[Tensor],  # noqa: UP045
     out: Tensor,
@@ -103,8 +113,8 @@ def rectangles_backward(
     neighbors: bool,
     scale: float,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, bias, rows, columns, k_fill, v_fill, without those not given."""
-    given = (q, k, v, bias, rows, columns, k_fill, v_fill)
+    """Gradients of q, k, v, bias, height, width, k_fill, v_fill, without those not given."""
+    given = (q, k, v, bias, height, width, k_fill, v_fill)
     return _rectangles_backward(d_out, d_lse, given, out, lse, axes, neighbors, scale)
 
 
@@ -119,8 +129,11 @@ def _rectangles_backward(
     scale: float,
 ) -> list[Tensor]:
     q, k, v, *extras = given
-    bias = extras[0]
-    r = _rectangles(axes, neighbors, bias, extras[1], extras[3])
+    bias, *tables = extras[:3]
+    r = _rectangles(axes, neighbors, bias, tables[0], extras[3])
+    if r.bias == AXIAL:
+        # Terms are twice the size of q and soon made again.
+        extras[1:3] = axial_terms(r, q, tables)
     d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
     call = Call(r, q, k, v, extras, scale)
     found = call.buffers()
@@ -136,8 +149,8 @@ def _rectangles_backward(
         table = found.table.unflatten(0, (-1, heads)).sum(0)
         table = table[:, : bias.shape[1], : bias.shape[2]]
         gradients.append(table.to(bias.dtype).contiguous())
-    if found.rows is not None and found.columns is not None:
-        gradients += [found.rows, found.columns]
+    if r.bias == AXIAL:
+        gradients += axial_gradients(r, q, tables, found)
     if found.k_fill is not None and found.v_fill is not None:
         gradients.append(_summed(found.k_fill, heads, q.shape[-1], q.dtype))
         gradients.append(_summed(found.v_fill, heads, v.shape[-1], q.dtype))
@@ -149,8 +162,8 @@ def _summed(shares: Tensor, heads: int, width: int, dtype: torch.dtype) -> Tenso
 
 
 @rectangles_backward.register_fake
-def _(d_out, d_lse, q, k, v, bias, rows, columns, k_fill, v_fill, *_: Any):  # type: ignore[no-untyped-def]
-    given = (q, k, v, bias, rows, columns, k_fill, v_fill)
+def _(d_out, d_lse, q, k, v, bias, height, width, k_fill, v_fill, *_: Any):  # type: ignore[no-untyped-def]
+    given = (q, k, v, bias, height, width, k_fill, v_fill)
     return [x.new_empty(x.shape) for x in given if x is not None]
 
 

@@ -87,7 +87,8 @@ def logits_of(
     q, k, bias, bias_strides, terms, head, at_q, at_k, unit_q, unit_k, ends, exists, scale,
     AXIS_Y: tl.constexpr, AXIS_X: tl.constexpr, NEIGHBORS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Logits in base 2 of queries (rows) against keys of their unit; -inf for pairs that do not meet.
+    """Logits in base 2 of queries (rows) against keys of their unit; -inf for pairs that do not
+    meet.
 
     at_q, at_k are (rows, columns) of members; unit_q, unit_k numbers inside the unit, for a dense
     bias; terms the (row, column) terms of an axial bias, spread over the pairs.

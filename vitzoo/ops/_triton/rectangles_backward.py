@@ -264,7 +264,7 @@ def keys(
     v = load_rows(v_map, offsets(image, place[0], place[1], head, v_strides), held, DV, BLOCK_DV)
     total_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for step in range(0, steps_of(lows, highs, AXIS_Y, AXIS_X, NEIGHBORS, BLOCK_M)):
+    for step in range(steps_of(lows, highs, AXIS_Y, AXIS_X, NEIGHBORS, BLOCK_M)):
         members, at, valid, unit_q, j, exist = attending_queries(
             step, lows, highs, ends, classes, member, held, sizes,
             AXIS_Y, AXIS_X, NEIGHBORS, BLOCK_M,

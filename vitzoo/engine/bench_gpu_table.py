@@ -1,0 +1,102 @@
+"""The report of `vitzoo bench gpu` as JSON and Markdown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# The usual ways to write an operator, beside the kernels and the portable path.
+FORMS = ("triton", "portable", "gather_sdpa", "eager", "dense_sdpa", "flex", "natten", "xformers")
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """JSON, and a table beside it as `.md`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(report))
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    facts = report["machine"]
+    wrong = [row for row in report["checks"] if row["problem"] is not None]
+    lines = [
+        "# Operators and models on a GPU",
+        "",
+        f"{facts['device']}, compute capability {facts['capability']}; torch {facts['torch']}, "
+        f"triton {facts.get('triton')}, Python {facts['python']}, {facts['date']}. Made by "
+        "`vitzoo bench gpu`.",
+        "",
+        f"{len(report['checks']) - len(wrong)} of {len(report['checks'])} checks (operator, "
+        "backend, dtype, direction) agree with the reference in float64 on odd sizes, outputs and "
+        "gradients.",
+        *[f"- {r['operator']} {r['backend']} {r['dtype']}: {r['problem']}" for r in wrong],
+        "",
+        "Microseconds of the device by CUDA graph, and in brackets what a call takes from Python "
+        "where that is longer; peak MiB beyond the inputs in the last columns. `both` is forward "
+        "with all gradients; the floor is each input read and the output written once, at the "
+        "speed of a copy. `gather_sdpa` copies keys beside the tiles of queries that they serve "
+        "and calls torch's fused attention, `eager` keeps the probabilities.",
+        "",
+        f"| operator | case | dtype | direction | floor | {' | '.join(FORMS)} "
+        "| over gather_sdpa | over the floor | MiB triton | MiB gather_sdpa |",
+        "|" + "---|" * (9 + len(FORMS)),
+    ]
+    lines += [_row(row) for row in report["rows"]]
+    lines += [
+        "",
+        "Whole models in bfloat16: images per second in inference, by CUDA graph where the call "
+        "from Python takes longer; milliseconds and peak MiB of a training step's forward and "
+        "backward.",
+        "",
+        "| model | size | batch | images/s triton | portable | train ms triton | portable "
+        "| train MiB triton | portable |",
+        "|" + "---|" * 9,
+    ]
+    lines += [_model(row) for row in report["models"]]
+    return "\n".join(lines) + "\n"
+
+
+def _best(found: dict[str, Any] | None) -> float | None:
+    """Microseconds of the device, or of the call where no graph could be captured."""
+    if found is None or "ms" not in found:
+        return None
+    return 1e3 * (found["graph_ms"] or found["ms"])
+
+
+def _cell(found: dict[str, Any] | None) -> str:
+    best = _best(found)
+    if found is None or best is None:
+        return "" if found is None or "failed" in found else "refused"
+    called = 1e3 * found["ms"]
+    return f"{best:.0f}" + (f" ({called:.0f})" if called > 1.2 * best else "")
+
+
+def _row(row: dict[str, Any]) -> str:
+    forms = row["forms"]
+    ours, theirs = _best(forms.get("triton")), _best(forms.get("gather_sdpa"))
+    floor = 1e3 * row["floor_ms"] if "floor_ms" in row else None
+    cells = [row["operator"], row["case"], row["dtype"], row["direction"]]
+    cells.append("" if floor is None else f"{floor:.0f}")
+    cells += [_cell(forms.get(form)) for form in FORMS]
+    cells.append(f"{theirs / ours:.1f}" if ours and theirs else "")
+    cells.append(f"{ours / floor:.1f}" if ours and floor else "")
+    cells += [_mib(forms.get(form)) for form in ("triton", "gather_sdpa")]
+    return f"| {' | '.join(cells)} |"
+
+
+def _mib(found: dict[str, Any] | None) -> str:
+    return f"{found['peak_bytes'] / 2**20:.0f}" if found and "peak_bytes" in found else ""
+
+
+def _model(row: dict[str, Any]) -> str:
+    sides = [row[name] for name in ("triton", "portable")]
+    rates = [side["images_per_second"] for side in sides]
+    cells = [row["model"], str(row["size"]), str(row["batch"])]
+    cells += ["" if rate is None else f"{rate:.0f}" for rate in rates]
+    for side in sides:
+        best = _best(side["train"])
+        cells.append("" if best is None else f"{best / 1e3:.1f}")
+    cells += [_mib(side["train"]) for side in sides]
+    return f"| {' | '.join(cells)} |"
