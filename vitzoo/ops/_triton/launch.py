@@ -135,21 +135,26 @@ class Rectangles:
 
 
 def schedule(q: Layout, kernel: str, constants: dict[str, Any]) -> dict[str, int]:
-    """Triton's options for a program, such that no architecture runs out of registers."""
+    """Triton's options for a program: as few warps as keep every number in registers.
+
+    A warp more costs up to half of the speed on an H200, a spill more than that
+    (docs/decisions.md, "Few warps"); `tests/ops/triton_compile.py` shows what spills.
+    """
+    bias = constants.get("BIAS", DENSE if kernel == "dense_bias" else NO_BIAS)
+    wide = max(constants["BLOCK_D"], constants["BLOCK_DV"]) > 32
+    sums = kernel == "queries" and (bias == AXIAL or (bias == TABLE and constants["AXIS_Y"][6] > 8))
     if q.dtype == torch.float32:
-        wide = max(constants["BLOCK_D"], constants["BLOCK_DV"]) > 32
-        many = wide or constants.get("BIAS") == AXIAL
-        options = {"num_warps": 8 if many else 4, "num_stages": 1}
+        options = {"num_warps": 8 if wide or bias == AXIAL else 4, "num_stages": 1}
     elif constants["BLOCK_M"] * constants["BLOCK_N"] <= 1024:
-        # Where the least time was measured on an H200, by up to a factor of four
-        # (docs/decisions.md, "Few warps").
-        options = {"num_warps": 1, "num_stages": 2}
+        many = wide or sums or bias == DENSE or constants.get("FILL", False)
+        most = wide and bias in (DENSE, TABLE)
+        # A stage of keys on the way takes registers that sums over a table need.
+        stages = 1 if bias == TABLE and kernel != "forward" else 2
+        options = {"num_warps": 4 if most else 2 if many else 1, "num_stages": stages}
     elif kernel == "forward":
         options = {"num_warps": 2, "num_stages": 2}
     else:
         options = {"num_warps": 4, "num_stages": 1}
-    if kernel == "keys" and constants.get("BIAS") == TABLE:
-        options["num_stages"] = 1
     # The assembler stops at 80 to 168 of its own accord and spills a word or two there.
     return options if torch.version.hip else options | {"maxnreg": 255}
 
@@ -301,7 +306,9 @@ def _term_plan(kernel: str, r: Rectangles, q: Layout) -> Plan:
     programs = -(-rows // block)
     grid = (programs if kernel == "forward" else min(programs, _TERM_SLOTS),)
     numbers = (q.strides[:4], (q.shape[3], q.shape[1], q.shape[2], rows))
-    options = {"num_warps": 4 if q.dtype == torch.float32 else 1, "num_stages": 2}
+    half = q.dtype != torch.float32
+    large = constants["BLOCK_R"] * constants["BLOCK_D"] > 512
+    options = {"num_warps": (1 if half else 4) * (2 if large else 1), "num_stages": 2}
     return Plan("terms", kernel, grid, numbers, constants, options)
 
 

@@ -103,12 +103,12 @@ def logits_of(
         found = tl.load(bias + head * bias_strides[0] + at, mask=met, other=0.0)
         logits += found.to(tl.float32) * LOG2_E
     if BIAS == TABLE:
-        of_keys = table_offsets(at_k, AXIS_Y, AXIS_X)
-        of_queries = table_offsets(at_q, AXIS_Y, AXIS_X)
-        first = head * ((2 * AXIS_Y[6] - 1) * (2 * AXIS_X[6] - 1))
-        center = (AXIS_Y[6] - 1) * (2 * AXIS_X[6] - 1) + AXIS_X[6] - 1
-        at = (of_keys + (first + center))[None, :] - of_queries[:, None]
-        found = tl.load(bias + at, mask=met, other=0.0)
+        # From the middle of the head's table, where a key is the query itself.
+        middle = head * ((2 * AXIS_Y[6] - 1) * (2 * AXIS_X[6] - 1))
+        middle += (AXIS_Y[6] - 1) * (2 * AXIS_X[6] - 1) + AXIS_X[6] - 1
+        of_keys = table_offsets(at_k, AXIS_Y, AXIS_X)[None, :]
+        at = of_keys - table_offsets(at_q, AXIS_Y, AXIS_X)[:, None]
+        found = tl.load(bias + middle + at, mask=met, other=0.0)
         logits += found.to(tl.float32) * LOG2_E
     if BIAS == AXIAL:
         logits += (terms[0] + terms[1]) * LOG2_E
