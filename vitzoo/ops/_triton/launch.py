@@ -23,6 +23,8 @@ NO_BIAS, DENSE, TABLE, AXIAL = range(4)
 # Programs that share the sum of a dense bias's gradient, and of the tables' of axial terms.
 _SLOTS = 32
 _TERM_SLOTS = 256
+# The assembler stops at 80 to 168 of its own accord and spills a word or two there.
+_ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 
 def power_of_two(n: int, least: int = 16) -> int:
@@ -146,8 +148,9 @@ def schedule(q: Layout, kernel: str, constants: dict[str, Any]) -> dict[str, int
     if q.dtype == torch.float32:
         options = {"num_warps": 8 if wide or bias == AXIAL else 4, "num_stages": 1}
     elif constants["BLOCK_M"] * constants["BLOCK_N"] <= 1024:
-        many = wide or sums or bias == DENSE or constants.get("FILL", False)
-        most = wide and bias in (DENSE, TABLE)
+        fill = constants.get("FILL", False)
+        many = wide or sums or fill or bias == DENSE
+        most = (wide and bias in (DENSE, TABLE)) or (sums and fill)
         # A stage of keys on the way takes registers that sums over a table need.
         stages = 1 if bias == TABLE and kernel != "forward" else 2
         options = {"num_warps": 4 if most else 2 if many else 1, "num_stages": stages}
@@ -155,8 +158,7 @@ def schedule(q: Layout, kernel: str, constants: dict[str, Any]) -> dict[str, int
         options = {"num_warps": 2, "num_stages": 2}
     else:
         options = {"num_warps": 4, "num_stages": 1}
-    # The assembler stops at 80 to 168 of its own accord and spills a word or two there.
-    return options if torch.version.hip else options | {"maxnreg": 255}
+    return options | _ALL_REGISTERS
 
 
 def sub_rectangle(sides: tuple[int, int], most: int) -> tuple[int, int]:
@@ -306,9 +308,9 @@ def _term_plan(kernel: str, r: Rectangles, q: Layout) -> Plan:
     programs = -(-rows // block)
     grid = (programs if kernel == "forward" else min(programs, _TERM_SLOTS),)
     numbers = (q.strides[:4], (q.shape[3], q.shape[1], q.shape[2], rows))
-    half = q.dtype != torch.float32
     large = constants["BLOCK_R"] * constants["BLOCK_D"] > 512
-    options = {"num_warps": (1 if half else 4) * (2 if large else 1), "num_stages": 2}
+    warps = (8 if large else 4) if q.dtype == torch.float32 else 4 if large else 1
+    options = {"num_warps": warps, "num_stages": 2} | _ALL_REGISTERS
     return Plan("terms", kernel, grid, numbers, constants, options)
 
 
