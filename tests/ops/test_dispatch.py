@@ -107,3 +107,18 @@ def test_operators_compile_as_one_graph() -> None:
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     x = torch.randn(1, 4, 2, 8)
     torch.testing.assert_close(compiled(x, x, x), attention(x, x, x))
+
+
+def test_a_compiler_is_not_taken_for_an_export() -> None:
+    def mark(x: torch.Tensor) -> torch.Tensor:
+        return x + int(traced_by_export())
+
+    class Module(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return mark(x)
+
+    x = torch.zeros(1)
+    assert torch.compile(mark, fullgraph=True, backend="eager")(x).item() == 0
+    for strict in (False, True):
+        exported = torch.export.export(Module(), (x,), strict=strict).module()
+        assert exported(x).item() == 1

@@ -295,9 +295,14 @@ def _graph_ms(step: Callable[[], None], steps: int = 5, replays: int = 9) -> flo
 
     What torch and Triton do on the CPU before a launch, some 50 to 100 us, is not in it.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.graph(graph):
+        # What a library sets up at its first call on a stream cannot be captured.
+        with torch.cuda.stream(stream):
+            step()
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
             for _ in range(steps):
                 step()
     except RuntimeError:
@@ -328,7 +333,8 @@ def time_models(until: float) -> Iterator[dict[str, Any]]:
             if time.monotonic() > until:
                 return
             model: Any = timm.create_model(name).to("cuda", torch.bfloat16)
-            images = torch.randn(batch, 3, size, size, device="cuda", dtype=torch.bfloat16)
+            # From the CPU: after a capture that failed, the device's generator refuses.
+            images = torch.randn(batch, 3, size, size).to("cuda", torch.bfloat16)
             row: dict[str, Any] = {"model": name, "size": size, "batch": batch}
             for backend in BACKENDS:
                 with use_backend(backend):

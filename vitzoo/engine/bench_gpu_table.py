@@ -34,10 +34,13 @@ def table(report: dict[str, Any]) -> str:
         *[f"- {r['operator']} {r['backend']} {r['dtype']}: {r['problem']}" for r in wrong],
         "",
         "Microseconds of the device by CUDA graph, and in brackets what a call takes from Python "
-        "where that is longer; peak MiB beyond the inputs in the last columns. `both` is forward "
-        "with all gradients; the floor is each input read and the output written once, at the "
-        "speed of a copy. `gather_sdpa` copies keys beside the tiles of queries that they serve "
-        "and calls torch's fused attention, `eager` keeps the probabilities.",
+        "where that is longer (`called`: no graph could be captured, Python's time is in it); peak "
+        "MiB beyond the inputs in the last columns. `both` is forward with all gradients; the "
+        "floor is each input read and the output written once, at the speed of a copy. "
+        "`gather_sdpa` copies keys beside the tiles of queries that they serve and calls torch's "
+        "fused attention, `eager` keeps the probabilities; neighborhoods are gathered query by "
+        "query there, tile by tile in `portable`. An empty column: not installed, not run, or not "
+        "the same function.",
         "",
         f"| operator | case | dtype | direction | floor | {' | '.join(FORMS)} "
         "| over gather_sdpa | over the floor | MiB triton | MiB gather_sdpa |",
@@ -46,9 +49,8 @@ def table(report: dict[str, Any]) -> str:
     lines += [_row(row) for row in report["rows"]]
     lines += [
         "",
-        "Whole models in bfloat16: images per second in inference, by CUDA graph where the call "
-        "from Python takes longer; milliseconds and peak MiB of a training step's forward and "
-        "backward.",
+        "Whole models in bfloat16: images per second in inference, milliseconds and peak MiB of a "
+        "training step's forward and backward, by CUDA graph or `called` as above.",
         "",
         "| model | size | batch | images/s triton | portable | train ms triton | portable "
         "| train MiB triton | portable |",
@@ -70,6 +72,8 @@ def _cell(found: dict[str, Any] | None) -> str:
     if found is None or best is None:
         return "" if found is None or "failed" in found else "refused"
     called = 1e3 * found["ms"]
+    if found["graph_ms"] is None:
+        return f"{called:.0f} called"
     return f"{best:.0f}" + (f" ({called:.0f})" if called > 1.2 * best else "")
 
 
@@ -95,8 +99,9 @@ def _model(row: dict[str, Any]) -> str:
     rates = [side["images_per_second"] for side in sides]
     cells = [row["model"], str(row["size"]), str(row["batch"])]
     cells += ["" if rate is None else f"{rate:.0f}" for rate in rates]
-    for side in sides:
-        best = _best(side["train"])
-        cells.append("" if best is None else f"{best / 1e3:.1f}")
+    for train in (side["train"] for side in sides):
+        best = _best(train)
+        called = "" if train.get("graph_ms") else " called"
+        cells.append("" if best is None else f"{best / 1e3:.1f}{called}")
     cells += [_mib(side["train"]) for side in sides]
     return f"| {' | '.join(cells)} |"

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitzoo.ops._sides import traced_by_export
+
 # Keys of torch.cpu.get_capabilities() on x86 and ARM.
 _INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
@@ -35,7 +37,7 @@ def slow_products(x: Tensor) -> bool:
     """Whether products of x are better made in float32; an export keeps the dtype."""
     if x.device.type != "cpu" or x.dtype not in _INSTRUCTIONS:
         return False
-    return not torch.compiler.is_exporting() and not _multiplies(x.dtype)
+    return not traced_by_export() and not _multiplies(x.dtype)
 
 
 def _wide(given: Any) -> Any:

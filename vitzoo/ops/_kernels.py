@@ -14,6 +14,7 @@ from torch import Tensor
 from vitzoo.ops._dispatch import Backend
 from vitzoo.ops._onednn import records_gradient
 from vitzoo.ops._proven import why_not_proven
+from vitzoo.ops._sides import traced_by_export
 
 _WIDEST_HEAD = 64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,7 +59,7 @@ def why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "the package triton is not installed; it comes with torch's CUDA builds."
     if q.device.type != "cuda" and not (_interpreted() and q.device.type == "cpu"):
         return f"its kernels run on CUDA devices, the tensors are on {q.device.type}."
-    if torch.compiler.is_exporting():
+    if traced_by_export():
         return "an exported graph is to run without triton."
     if computed_dtype(q) not in _DTYPES:
         return f"its kernels take float32, float16 and bfloat16, got {q.dtype}."
@@ -70,8 +71,22 @@ def why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def triton_backend(operator: str, why_not: Callable[..., str | None] | None = None) -> Backend:
-    """The `triton` backend of an operator; `why_not` adds the operator's own limits."""
+def triton_backend(
+    operator: str,
+    why_not: Callable[..., str | None] | None = None,
+    auto_skip: Callable[..., str | None] | None = None,
+    *,
+    exact_pays: bool = False,
+) -> Backend:
+    """The `triton` backend of an operator.
+
+    Args:
+        operator: its name.
+        why_not: adds the operator's own limits.
+        auto_skip: adds where another backend was measured to be faster.
+        exact_pays: whether its exact float32 products beat the portable path's, too; tensor cores
+            make none, so that only saved copies speak for them (`benchmarks/gpu.md`).
+    """
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
         from vitzoo.ops import _triton_backends
@@ -87,6 +102,11 @@ def triton_backend(operator: str, why_not: Callable[..., str | None] | None = No
     def skip(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
         if q.device.type != "cuda":
             return "Triton's interpreter is for tests."
+        if computed_dtype(q) == torch.float32 and not exact_pays:
+            return "in float32 the portable path was measured to be as fast or faster."
+        reason = None if auto_skip is None else auto_skip(q, *args, **kwargs)
+        if reason is not None:
+            return reason
         given = [q, *args, *kwargs.values()]
         flat = [x for y in given for x in (y if isinstance(y, tuple) else (y,))]
         needs_grad = records_gradient(*(x for x in flat if isinstance(x, Tensor)))

@@ -13,9 +13,17 @@ def symbolic(*sides: int) -> bool:
     return any(isinstance(side, torch.SymInt) for side in sides)
 
 
+def traced_by_export() -> bool:
+    """Whether torch.export looks on.
+
+    Not `is_exporting()`, which in torch 2.11 is also true under torch.compile.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def exporting() -> bool:
     """Whether a graph is made, which must run where this package is not installed."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return traced_by_export() or torch.jit.is_tracing()
 
 
 def larger(a: int, b: int) -> Any:

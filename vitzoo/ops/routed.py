@@ -279,10 +279,18 @@ def _products_auto_skip(*args: Any, **kwargs: Any) -> str | None:
     return None
 
 
+def _prefers_masking(
+    q: Tensor, k: Tensor, v: Tensor, regions: Tensor, **options: Any
+) -> str | None:
+    if records_gradient(q, k, v) and _masking_pays(q, k, regions):
+        return "a training step on so small a map is faster under a mask."
+    return None
+
+
 ROUTED_ATTENTION = Operator(
     "routed_attention",
     [
-        triton_backend("routed_attention", _why_not_triton),
+        triton_backend("routed_attention", _why_not_triton, _prefers_masking),
         Backend(
             "products",
             routed_attention_products,
