@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops import OPERATORS, Backend, Operator, _dispatch, attention, use_backend
+from vitzoo.ops._sides import traced_by_export
 
 
 @pytest.fixture
