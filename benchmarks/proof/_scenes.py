@@ -1,4 +1,4 @@
-"""What the generated (synthetic) scenes prove of a head over a narrow zoo backbone."""
+"""What the generated (synthetic) scenes prove of a head over a small zoo backbone."""
 
 from collections.abc import Sequence
 from typing import Any

