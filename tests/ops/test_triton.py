@@ -40,6 +40,18 @@ def test_forced_without_a_gpu_says_why(operator: str, options: dict) -> None:
     assert found.select(Q, Q, Q, **options).name != "triton"
 
 
+def test_an_image_of_2_to_31_numbers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitzoo.ops import _kernels
+
+    monkeypatch.setattr(_kernels, "_has_triton", lambda: True)
+    monkeypatch.setattr(_kernels, "_interpreted", lambda: True)
+    assert _kernels.why_not_triton(Q, Q, Q) is None
+    assert _kernels.why_not_triton(Q[0, 0], Q[0, 0], Q[0, 0]) is None
+    assert _kernels._reach(torch.empty(9, 70_000, 40_000, 3, 16, device="meta")) > 2**31
+    monkeypatch.setattr(_kernels, "_LARGEST_REACH", 3 * 64 + 3 * 16)
+    assert "2^31" in str(_kernels.why_not_triton(Q, Q, Q))
+
+
 def assert_interpreter_passes(which: str) -> None:
     """The folder's tests of one marker, in a process of their own: see its conftest."""
     pytest.importorskip("triton")

@@ -17,6 +17,8 @@ from vitzoo.ops._proven import why_not_proven
 from vitzoo.ops._sides import traced_by_export
 
 _WIDEST_HEAD = 64
+# Offsets inside an image have 32 bits.
+_LARGEST_REACH = 2**31
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -68,7 +70,15 @@ def why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     widest = max(q.shape[-1], v.shape[-1])
     if widest > _WIDEST_HEAD:
         return f"its kernels take a head_dim of at most {_WIDEST_HEAD}, got {widest}."
+    if any(_reach(x) >= _LARGEST_REACH for x in (q, k, v)):
+        return "its kernels take images, or sequences, of less than 2^31 numbers."
     return None
+
+
+def _reach(x: Tensor) -> int:
+    """Numbers from the first to the last token of an image (B, H, W, ...) or sequence (N, ...)."""
+    axes = (1, 2) if x.dim() == 5 else (0,)
+    return sum((x.shape[i] - 1) * x.stride(i) for i in axes)
 
 
 def triton_backend(
