@@ -179,6 +179,33 @@ def test_only_kernels_that_agree_are_recorded(monkeypatch: pytest.MonkeyPatch) -
     }
 
 
+def test_processes_share_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_gpu, "ODD", {"attention": (cases.attention(7),)})
+    rows = list(bench_gpu.check_all("cpu", ["float32"], workers=1))
+    assert {(r["backend"], r["direction"], r["problem"]) for r in rows} == {
+        ("portable", "forward", None),
+        ("portable", "backward", None),
+    }
+
+
+def test_a_killed_gpu_run_leaves_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"operator": "a", "backend": "triton", "dtype": "d", "direction": "f", "problem": None}
+    saved = []
+
+    def killed() -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_gpu, "require_gpu", lambda: None)
+    monkeypatch.setattr(bench_gpu, "version", lambda name: "3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X")
+    monkeypatch.setattr(bench_gpu, "check_all", lambda workers: [row | {"error": 0.5}])
+    monkeypatch.setattr(bench_gpu, "copy_speed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu.run_gpu(save=saved.append)
+    assert saved[0]["checks"][0]["error"] == 0.5
+
+
 def test_the_gpu_benchmark_loads_without_timm() -> None:
     code = (
         "import sys, runpy; sys.modules.update(timm=None, typer=None)\n"

@@ -53,7 +53,7 @@ def test_cells_say_what_was_measured() -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[4:9] == ["10", "20 (100)", "", "80", "300 called"]
     assert cells[-4:] == ["4.0", "2.0", "2", "2"]
-    assert "| m | 224 | 2 | 10 |  | 4.0 |  | 2 |  |" in text
+    assert "| m | 224 | 2 | 10 |  | 4.0 (5.0) |  | 2 |  |" in text
 
 
 def test_the_committed_table_is_of_the_committed_figures(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ops.comparison import assert_backend_agrees, random_tensors
 from vitzoo.ops import attention, channel_attention
@@ -29,13 +30,28 @@ def test_a_batch_over_what_cuda_can_number(
     batch_of_bias: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = import_module("vitzoo.ops.attention")
-
     monkeypatch.setattr(module, "_LARGEST_BATCH", 3)
     q, k, v, bias = random_tensors(5, *[(8, 5, 2, 4)] * 3, (batch_of_bias, 2, 5, 5))
     mask = torch.rand(8, 1, 5, 5, generator=torch.Generator().manual_seed(1)) > 0.2
     found = module._in_pieces(q, k, v, bias, mask, 0.3)
     whole = attention(q, k, v, bias=bias, mask=mask, scale=0.3, backend="reference")
     torch.testing.assert_close(found, whole)
+    for a, b in zip(
+        *(torch.autograd.grad(x.sum(), (q, k, v)) for x in (found, whole)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_pieces_are_for_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("vitzoo.ops.attention")
+    monkeypatch.setattr(module, "_LARGEST_BATCH", 3)
+    monkeypatch.setattr(module, "_in_pieces", lambda *given: "pieces")
+    with FakeTensorMode():
+        q = torch.empty(8, 5, 2, 4, device="cuda")
+        assert attention(q, q, q) == "pieces"
+        assert attention(q[:3], q[:3], q[:3]).shape == (3, 5, 2, 4)
+    x = torch.zeros(8, 5, 2, 4)
+    assert attention(x, x, x).shape == x.shape
 
 
 def test_a_query_without_keys_gives_zeros() -> None:

@@ -31,10 +31,12 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     _proven.forget()
 
 
-def test_the_committed_file_can_be_read() -> None:
+def test_the_committed_records_are_of_these_kernels() -> None:
+    """Whoever changes a kernel empties the file, or proves it anew (`vitzoo bench gpu`)."""
     committed = Path(_proven.__file__).with_name("proven.json")
     for record in _proven.read_records(committed):
         assert record["direction"] in _proven.DIRECTIONS
+        assert record["kernels"] == _proven.kernels_digest()
 
 
 def test_a_record_counts_for_its_own_key_only() -> None:

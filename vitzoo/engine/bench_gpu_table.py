@@ -22,7 +22,7 @@ def table(report: dict[str, Any]) -> str:
     facts = report["machine"]
     wrong = [row for row in report["checks"] if row["problem"] is not None]
     lines = [
-        "# Operators and models on a GPU",
+        "# Attention operators and models on a GPU",
         "",
         f"{facts['device']}, compute capability {facts['capability']}; torch {facts['torch']}, "
         f"triton {facts.get('triton')}, Python {facts['python']}, {facts['date']}. Made by "
@@ -32,6 +32,7 @@ def table(report: dict[str, Any]) -> str:
         "backend, dtype, direction) agree with the reference in float64 on odd sizes, outputs and "
         "gradients.",
         *[f"- {r['operator']} {r['backend']} {r['dtype']}: {r['problem']}" for r in wrong],
+        *[f"\n{note}" for note in report.get("notes", ())],
         "",
         "Microseconds of the device by CUDA graph, and in brackets what a call takes from Python "
         "where that is longer (`called`: no graph could be captured, Python's time is in it); peak "
@@ -67,14 +68,14 @@ def _best(found: dict[str, Any] | None) -> float | None:
     return 1e3 * (found["graph_ms"] or found["ms"])
 
 
-def _cell(found: dict[str, Any] | None) -> str:
+def _cell(found: dict[str, Any] | None, *, digits: int = 0, unit: float = 1.0) -> str:
     best = _best(found)
     if found is None or best is None:
         return "" if found is None or "failed" in found else "refused"
-    called = 1e3 * found["ms"]
+    shown, called = (f"{x * unit:.{digits}f}" for x in (best, 1e3 * found["ms"]))
     if found["graph_ms"] is None:
-        return f"{called:.0f} called"
-    return f"{best:.0f}" + (f" ({called:.0f})" if called > 1.2 * best else "")
+        return f"{called} called"
+    return shown + (f" ({called})" if 1e3 * found["ms"] > 1.2 * best else "")
 
 
 def _row(row: dict[str, Any]) -> str:
@@ -84,7 +85,8 @@ def _row(row: dict[str, Any]) -> str:
     cells = [row["operator"], row["case"], row["dtype"], row["direction"]]
     cells.append("" if floor is None else f"{floor:.0f}")
     cells += [_cell(forms.get(form)) for form in FORMS]
-    cells.append(f"{theirs / ours:.1f}" if ours and theirs else "")
+    graphs = all(forms.get(f, {}).get("graph_ms") for f in ("triton", "gather_sdpa"))
+    cells.append(f"{theirs / ours:.1f}{'' if graphs else ' called'}" if ours and theirs else "")
     cells.append(f"{ours / floor:.1f}" if ours and floor else "")
     cells += [_mib(forms.get(form)) for form in ("triton", "gather_sdpa")]
     return f"| {' | '.join(cells)} |"
@@ -99,9 +101,6 @@ def _model(row: dict[str, Any]) -> str:
     rates = [side["images_per_second"] for side in sides]
     cells = [row["model"], str(row["size"]), str(row["batch"])]
     cells += ["" if rate is None else f"{rate:.0f}" for rate in rates]
-    for train in (side["train"] for side in sides):
-        best = _best(train)
-        called = "" if train.get("graph_ms") else " called"
-        cells.append("" if best is None else f"{best / 1e3:.1f}{called}")
+    cells += [_cell(side["train"], digits=1, unit=1e-3) for side in sides]
     cells += [_mib(side["train"]) for side in sides]
     return f"| {' | '.join(cells)} |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend
-from vitzoo.ops._onednn import records_gradient
+from vitzoo.ops._onednn import records_gradient, transformed
 from vitzoo.ops._proven import why_not_proven
-from vitzoo.ops._sides import traced_by_export
+from vitzoo.ops._sides import exporting
 
 _WIDEST_HEAD = 64
 # Offsets inside an image have 32 bits.
@@ -39,7 +40,7 @@ def _settings() -> tuple[bool, bool]:
 
 
 def lanes(dtype: torch.dtype, *, plain: bool = False) -> int:
-    """Tokens of a kernel's tile.
+    """Tokens of a kernel's tile; the kernels' digest does not know it: a change wants a new proof.
 
     Args:
         dtype: exact float32 products need many registers.
@@ -55,18 +56,40 @@ def computed_dtype(q: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
 
 
-def why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """What holds for every operator: package, device, export, dtype, head_dim."""
+def why_not_triton(q: Tensor, k: Tensor, v: Tensor, *, one_map: bool = False) -> str | None:
+    """What holds for every operator: package, device, mode, dtype, shapes.
+
+    Args:
+        q, k, v: the operator's.
+        one_map: whether queries and keys must be the same tokens.
+    """
     if not _has_triton():
         return "the package triton is not installed; it comes with torch's CUDA builds."
     if q.device.type != "cuda" and not (_interpreted() and q.device.type == "cpu"):
         return f"its kernels run on CUDA devices, the tensors are on {q.device.type}."
-    if traced_by_export():
+    if not q.device == k.device == v.device:
+        return "q, k and v lie on different devices."
+    if exporting():
         return "an exported graph is to run without triton."
-    if computed_dtype(q) not in _DTYPES:
+    if not torch.compiler.is_compiling() and transformed():
+        return "function transforms and forward-mode derivatives need torch's own operators."
+    if q.dtype not in _DTYPES or computed_dtype(q) not in _DTYPES:
         return f"its kernels take float32, float16 and bfloat16, got {q.dtype}."
     if not torch.is_autocast_enabled(q.device.type) and not q.dtype == k.dtype == v.dtype:
         return f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}."
+    return _why_not_shapes(q, k, v, one_map=one_map)
+
+
+def _why_not_shapes(q: Tensor, k: Tensor, v: Tensor, *, one_map: bool) -> str | None:
+    tokens = slice(None, -2) if one_map else slice(None, 1 if q.dim() == 5 else 0)
+    if (
+        not q.dim() == k.dim() == v.dim()
+        or k.shape[:-1] != v.shape[:-1]
+        or q.shape[-2:] != k.shape[-2:]
+        or q.shape[tokens] != k.shape[tokens]
+    ):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        return f"its kernels broadcast nothing, and q, k and v are {shapes}."
     widest = max(q.shape[-1], v.shape[-1])
     if widest > _WIDEST_HEAD:
         return f"its kernels take a head_dim of at most {_WIDEST_HEAD}, got {widest}."
@@ -76,9 +99,12 @@ def why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def _reach(x: Tensor) -> int:
-    """Numbers from the first to the last token of an image (B, H, W, ...) or sequence (N, ...)."""
-    axes = (1, 2) if x.dim() == 5 else (0,)
-    return sum((x.shape[i] - 1) * x.stride(i) for i in axes)
+    """Numbers from the first to the last of an image (B, H, W, ...) or a sequence (N, ...)."""
+    inner = range(1 if x.dim() == 5 else 0, x.dim())
+    if x.stride(-1) != 1:
+        # It will be copied.
+        return math.prod(x.shape[i] for i in inner)
+    return sum((x.shape[i] - 1) * x.stride(i) for i in inner)
 
 
 def triton_backend(
@@ -86,13 +112,15 @@ def triton_backend(
     why_not: Callable[..., str | None] | None = None,
     auto_skip: Callable[..., str | None] | None = None,
     *,
+    one_map: bool = False,
     exact_pays: bool = False,
 ) -> Backend:
     """The `triton` backend of an operator.
 
     Args:
         operator: its name.
-        why_not: adds the operator's own limits.
+        why_not: adds the operator's own limits, or raises ValueError as the other backends do.
+        one_map: whether its queries and keys are the same tokens.
         auto_skip: adds where another backend was measured to be faster.
         exact_pays: whether its exact float32 products beat the portable path's, too; tensor cores
             make none, so that only saved copies speak for them (`benchmarks/gpu.md`).
@@ -104,7 +132,7 @@ def triton_backend(
         return getattr(_triton_backends, operator)(*args, **kwargs)
 
     def objection(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> str | None:
-        reason = why_not_triton(q, k, v)
+        reason = why_not_triton(q, k, v, one_map=one_map)
         if reason is None and why_not is not None:
             reason = why_not(q, k, v, *args, **kwargs)
         return reason

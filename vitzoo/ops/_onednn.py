@@ -13,6 +13,13 @@ def records_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def transformed() -> bool:
+    """Whether function transforms or forward-mode derivatives look on, in eager mode."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+
+
 def why_not_onednn(*tensors: Tensor | None) -> str | None:
     """Why oneDNN's own operators must not stand for torch's here, or None."""
     given = [t for t in tensors if t is not None]
@@ -28,7 +35,7 @@ def why_not_onednn(*tensors: Tensor | None) -> str | None:
         return "It takes plain tensors, no subclasses."
     if _get_current_dispatch_mode() is not None:
         return "A dispatch mode (fake tensors, counters) should see torch's own operators."
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if transformed():
         return "Function transforms and forward-mode derivatives need torch's own operators."
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return "This torch has no oneDNN, or it is switched off."

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend
 from vitzoo.ops._onednn import records_gradient
-from vitzoo.ops._sides import traced_by_export
+from vitzoo.ops._sides import exporting
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -33,7 +33,7 @@ def _found(package: str) -> bool:
 def _missing(package: str) -> str | None:
     if not _installed(package):
         return f"the package {package} is not installed: pip install vitzoo[{package}]."
-    if traced_by_export():
+    if exporting():
         return f"an exported graph is to run without {package}."
     return None
 

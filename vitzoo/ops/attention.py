@@ -52,7 +52,8 @@ def attention_portable(
         learned_bias = bias is not None and bias.requires_grad
         if q.dtype != torch.float32 or k.shape[1] <= _FEW_KEYS or learned_bias:
             return attention_reference(q, k, v, bias=bias, mask=mask, scale=scale)
-    if q.device.type == "cuda" and q.shape[0] > _LARGEST_BATCH:
+    # A graph is to hold for any batch.
+    if q.device.type == "cuda" and not exporting() and q.shape[0] > _LARGEST_BATCH:
         return _in_pieces(q, k, v, bias, mask, scale)
     attend = bias
     on_cpu = q.device.type == "cpu" and q.dtype == torch.float32

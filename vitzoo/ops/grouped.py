@@ -163,7 +163,7 @@ def _why_not_xformers(
 GROUPED_ATTENTION = Operator(
     "grouped_attention",
     [
-        triton_backend("grouped_attention", exact_pays=True),
+        triton_backend("grouped_attention", one_map=True, exact_pays=True),
         xformers_backend(grouped_attention_portable, _why_not_xformers),
         Backend("portable", grouped_attention_portable),
         Backend("reference", grouped_attention_reference),

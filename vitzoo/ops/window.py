@@ -159,10 +159,16 @@ def _why_not_xformers(
     return None
 
 
+def _why_not_triton(
+    q: Tensor, k: Tensor, v: Tensor, *, window_size: int, shift: int = 0, **_: Any
+) -> None:
+    _check(q, window_size, shift)
+
+
 WINDOW_ATTENTION = Operator(
     "window_attention",
     [
-        triton_backend("window_attention"),
+        triton_backend("window_attention", _why_not_triton, one_map=True),
         xformers_backend(window_attention_portable, _why_not_xformers),
         Backend("portable", window_attention_portable),
         Backend("reference", window_attention_reference),

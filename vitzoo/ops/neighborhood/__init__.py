@@ -38,7 +38,7 @@ def _why_not_triton(
 NEIGHBORHOOD_ATTENTION = Operator(
     "neighborhood_attention",
     [
-        triton_backend("neighborhood_attention", _why_not_triton, exact_pays=True),
+        triton_backend("neighborhood_attention", _why_not_triton, one_map=True, exact_pays=True),
         natten_backend(),
         Backend("portable", neighborhood_attention_portable),
         Backend("reference", neighborhood_attention_reference),
