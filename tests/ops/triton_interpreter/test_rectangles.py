@@ -182,6 +182,22 @@ def test_an_empty_batch() -> None:
         assert gradient.shape == q.shape
 
 
+def test_biases_of_an_empty_batch_get_zeros() -> None:
+    q = torch.zeros(0, 5, 6, 2, 16)
+    dense, table, fill = (
+        torch.randn(s, requires_grad=True) for s in ((2, 16, 16), (2, 5, 5), (2, 16))
+    )
+    axial = torch.randn(11, 16, requires_grad=True)
+    halo = {"block_size": 4, "halo_size": 1, "backend": "triton"}
+    outs = [
+        window_attention(q, q, q, window_size=4, bias=dense, fill=(fill, fill), backend="triton"),
+        neighborhood_attention(q, q, q, kernel_size=3, bias=table, backend="triton"),
+        halo_attention(q, q, q, axial_bias=(axial, axial), **halo),
+    ]
+    for gradient in torch.autograd.grad([x.sum() for x in outs], (dense, table, fill, axial)):
+        assert gradient.abs().max() == 0
+
+
 def test_autocast_takes_its_dtype() -> None:
     q = torch.randn(1, 4, 4, 1, 16)
     with torch.autocast("cpu", dtype=torch.float16):
