@@ -14,11 +14,12 @@ TARGET = ROOT / "MODEL_CARDS.md"
 PICTURES = ROOT / "docs" / "pictures"
 SPEED = ROOT / "benchmarks" / "models.json"
 POINTS = ROOT / "benchmarks" / "flatformer.json"
+GPU = ROOT / "benchmarks" / "gpu.json"
 
 
 def cards() -> str:
     """The cards of all registered models."""
-    measured = [json.loads(f.read_text()) if f.exists() else None for f in (SPEED, POINTS)]
+    measured = [json.loads(f.read_text()) if f.exists() else None for f in (SPEED, POINTS, GPU)]
     return render([vitzoo.info(name) for name in vitzoo.list_models()], all_entries(), *measured)
 
 

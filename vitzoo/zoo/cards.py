@@ -74,6 +74,7 @@ def render(
     entries: Iterable[WeightEntry],
     speed: Mapping[str, Any] | None = None,
     points: Mapping[str, Any] | None = None,
+    gpu: Mapping[str, Any] | None = None,
 ) -> str:
     """The cards as Markdown.
 
@@ -82,6 +83,7 @@ def render(
         entries: the whole weights table.
         speed: content of `benchmarks/models.json`, if it is there.
         points: content of `benchmarks/flatformer.json`, if it is there.
+        gpu: content of `benchmarks/gpu.json`, if it is there.
     """
     entries = list(entries)
     families = list(dict.fromkeys(record.family for record in records))
@@ -90,7 +92,7 @@ def render(
         mine = [record for record in records if record.family == family]
         names = {record.name for record in mine}
         weights = [entry for entry in entries if entry.model in names]
-        measured = _measured(mine, speed or {})
+        measured = _measured(mine, speed or {}) + _measured_on_gpu(names, gpu or {})
         if points and mine[0].modality == "points":
             measured = _measured_on_points(points)
         parts.append(_card(family, mine, weights, measured))
@@ -184,6 +186,29 @@ def _measured(records: Sequence[Any], speed: Mapping[str, Any]) -> list[str]:
         cells += [_number(row.get(key), 1) for key in ("model_ms", "baseline_ms")]
         cells += [_number(row.get("ratio"), 2)]
         cells += [_number(row.get(key), 0, 1e-6) for key in ("model_bytes", "baseline_bytes")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, ""]
+
+
+def _measured_on_gpu(names: set[str], gpu: Mapping[str, Any]) -> list[str]:
+    """Images per second that `vitzoo bench gpu` measured for these models."""
+    rows = [row for row in gpu.get("models", ()) if row["model"] in names]
+    if not rows:
+        return []
+    machine = gpu["machine"]
+    lines = [
+        f"On {machine['device']}, torch {machine['torch']}, {machine['date']} "
+        "(`benchmarks/gpu.json`), in bfloat16, inference by CUDA graph, with the zoo's kernels and "
+        "without; memory of a training step beyond weights and images.",
+        "",
+        "| model | size | batch | images/s | without kernels | MB | without kernels |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sides = [row[name] for name in ("triton", "portable")]
+        cells = [row[key] for key in ("model", "size", "batch")]
+        cells += [_number(side["images_per_second"], 0) for side in sides]
+        cells += [_number(side["train"].get("peak_bytes"), 0, 1e-6) for side in sides]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, ""]
 
