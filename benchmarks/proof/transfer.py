@@ -22,7 +22,7 @@ BUDGET = [
 ]
 # One run is off by half a point and more, which is what some families gain: the seeds of its pairs.
 SEEDS = range(1, 5)
-# Four pairs could not tell BiFormer's gain (0.36, standard error 0.26) from none: twelve fresh ones.
+# Four pairs could not tell BiFormer's gain (0.36, error 0.26) from none: twelve fresh ones.
 MORE_SEEDS = {"biformer-fashion-mnist": range(5, 17)}
 LEAST_ERRORS = 2.0
 
