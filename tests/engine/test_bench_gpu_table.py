@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vitzoo.engine.bench_gpu_table import table, write
+from vitzoo.engine.bench_gpu_table import model_sentence, sentence, table, write
 
 
 def form(ms: float, graph_ms: float | None) -> dict:
@@ -54,6 +54,12 @@ def test_cells_say_what_was_measured() -> None:
     assert cells[4:9] == ["10", "20 (100)", "", "80", "300 called"]
     assert cells[-4:] == ["4.0", "2.0", "2", "2"]
     assert "| m | 224 | 2 | 10 |  | 4.0 (5.0) |  | 2 |  |" in text
+
+
+def test_sentences_stand_what_failed() -> None:
+    said = sentence(REPORT["rows"][0])
+    assert "triton 20 (100), portable , gather_sdpa 80, eager 300 called" in said
+    assert model_sentence(REPORT["models"][0]) == "m 224, images/s: triton 10, portable "
 
 
 def test_the_committed_table_is_of_the_committed_figures(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vitzoo import ops
 from vitzoo.ops import OPERATORS, _kernels
 
 FOLDER = Path(__file__).parent / "triton_interpreter"
@@ -100,7 +101,7 @@ def test_bad_arguments_raise_before_a_kernel_runs(
     operator: str, options: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        OPERATORS[operator](Q, Q, Q, backend="triton", **options)
+        getattr(ops, operator)(Q, Q, Q, backend="triton", **options)
 
 
 @pytest.mark.usefixtures("served")

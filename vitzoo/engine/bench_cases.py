@@ -58,7 +58,7 @@ class Case:
         for name, scale in (("weight", 0.05), ("height", 0.2), ("width", 0.2)):
             if name in found:
                 found[name] *= scale
-        return {n: t.to(device, dtype).requires_grad_() for n, t in found.items()}
+        return {n: t.to(dtype).requires_grad_() for n, t in found.items()}
 
     def on(self, device: torch.device | str) -> Case:
         """The same call with its settings on a device."""

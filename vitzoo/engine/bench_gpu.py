@@ -24,6 +24,7 @@ import torch
 from vitzoo.engine import bench_cases as cases
 from vitzoo.engine.bench_cases import ODD, Case
 from vitzoo.engine.bench_checks import compare
+from vitzoo.engine.bench_gpu_table import model_sentence, sentence
 from vitzoo.errors import InputError
 from vitzoo.ops import OPERATORS, _proven, use_backend
 
@@ -248,21 +249,15 @@ def _time_case(
     return row
 
 
-def time_flex(until: float) -> Iterator[dict[str, Any]]:
-    """Neighborhood attention with a bias by compiled flex_attention: compiling takes a while."""
+def time_flex(until: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The first neighborhood by compiled flex_attention, by direction: compiling takes a while."""
     case = TIMED["neighborhood"][0].on("cuda")
     leaves = case.leaves(torch.bfloat16, "cuda")
-    for backward in (False, True):
+    for direction in ("forward", "both"):
         if time.monotonic() > until:
             return
-        found = _time(flex_neighborhood(case, leaves), list(leaves.values()), backward=backward)
-        yield {
-            "operator": "neighborhood",
-            "case": case.label,
-            "dtype": "bfloat16",
-            "direction": "both" if backward else "forward",
-            "forms": {"flex": found},
-        }
+        attend = flex_neighborhood(case, leaves)
+        yield direction, _time(attend, list(leaves.values()), backward=direction == "both")
 
 
 def _time(
@@ -419,31 +414,13 @@ def run_gpu(
     else:
         for found in time_models(until):
             report["models"].append(found)
-            rates = (f"{name} {found[name]['images_per_second']:.0f}" for name in BACKENDS)
-            say(f"{found['model']} {found['size']}: images/s {', '.join(rates)}")
+            say(model_sentence(found))
             save(report)
-    for found in time_flex(until):
-        same = [
-            row
-            for row in report["rows"]
-            if all(row[k] == found[k] for k in ("case", "dtype", "direction"))
-        ]
-        (same[0] if same else found)["forms"].update(found["forms"])
-        report["rows"] += [] if same else [found]
-        say(sentence(found))
+    for direction, found in time_flex(until):
+        # Its first row; there is one, since whatever leaves time for flex left time for it.
+        of_it = ("neighborhood", direction)
+        row = next(r for r in report["rows"] if (r["operator"], r["direction"]) == of_it)
+        row["forms"]["flex"] = found
+        say(sentence(row))
     save(report)
     return report
-
-
-def sentence(row: dict[str, Any]) -> str:
-    """A row of timings in one line: by CUDA graph where one could be captured."""
-    shown = ", ".join(
-        f"{form} {_us(found)}" for form, found in row["forms"].items() if "ms" in found
-    )
-    return f"{row['operator']} {row['case']} {row['dtype']} {row['direction']}, us: {shown}"
-
-
-def _us(found: dict[str, Any]) -> str:
-    graph = found["graph_ms"]
-    called = f"{1e3 * found['ms']:.0f} called"
-    return called if graph is None else f"{1e3 * graph:.0f} ({called})"

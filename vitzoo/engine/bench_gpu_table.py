@@ -61,6 +61,23 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sentence(row: dict[str, Any]) -> str:
+    """A row of timings in one line, in the cells of the table."""
+    shown = ", ".join(f"{form} {_cell(found)}" for form, found in row["forms"].items())
+    return f"{row['operator']} {row['case']} {row['dtype']} {row['direction']}, us: {shown}"
+
+
+def model_sentence(row: dict[str, Any]) -> str:
+    """A model in one line."""
+    shown = ", ".join(f"{name} {_rate(row[name])}" for name in ("triton", "portable"))
+    return f"{row['model']} {row['size']}, images/s: {shown}"
+
+
+def _rate(side: dict[str, Any]) -> str:
+    rate = side["images_per_second"]
+    return "" if rate is None else f"{rate:.0f}"
+
+
 def _best(found: dict[str, Any] | None) -> float | None:
     """Microseconds of the device, or of the call where no graph could be captured."""
     if found is None or "ms" not in found:
@@ -98,9 +115,8 @@ def _mib(found: dict[str, Any] | None) -> str:
 
 def _model(row: dict[str, Any]) -> str:
     sides = [row[name] for name in ("triton", "portable")]
-    rates = [side["images_per_second"] for side in sides]
     cells = [row["model"], str(row["size"]), str(row["batch"])]
-    cells += ["" if rate is None else f"{rate:.0f}" for rate in rates]
+    cells += [_rate(side) for side in sides]
     cells += [_cell(side["train"], digits=1, unit=1e-3) for side in sides]
     cells += [_mib(side["train"]) for side in sides]
     return f"| {' | '.join(cells)} |"

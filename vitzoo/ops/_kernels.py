@@ -18,7 +18,7 @@ from vitzoo.ops._proven import why_not_proven
 from vitzoo.ops._sides import exporting
 
 _WIDEST_HEAD = 64
-# Offsets inside an image have 32 bits.
+# Offsets inside an image and numbers of queries have 32 bits.
 _LARGEST_REACH = 2**31
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -95,6 +95,8 @@ def _why_not_shapes(q: Tensor, k: Tensor, v: Tensor, *, one_map: bool) -> str | 
         return f"its kernels take a head_dim of at most {_WIDEST_HEAD}, got {widest}."
     if any(_reach(x) >= _LARGEST_REACH for x in (q, k, v)):
         return "its kernels take images, or sequences, of less than 2^31 numbers."
+    if math.prod(q.shape[:-1]) >= _LARGEST_REACH:
+        return "its kernels number fewer than 2^31 queries of all heads."
     return None
 
 
@@ -119,7 +121,7 @@ def triton_backend(
 
     Args:
         operator: its name.
-        why_not: adds the operator's own limits, or raises ValueError as the other backends do.
+        why_not: adds the operator's own limits.
         one_map: whether its queries and keys are the same tokens.
         auto_skip: adds where another backend was measured to be faster.
         exact_pays: whether its exact float32 products beat the portable path's, too; tensor cores

@@ -72,7 +72,6 @@ def window_attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """One window after the other, cut out by its coordinates."""
-    _check(q, window_size, shift)
     _, H, W, _, _ = q.shape
     k_fill, v_fill = fill if fill is not None else (None, None)
     out = v.new_empty(*q.shape[:4], v.shape[-1])
@@ -112,7 +111,6 @@ def window_attention_portable(
     attend: Callable[..., Tensor] = attention_portable,
 ) -> Tensor:
     """Windows become the batch of one dense attention; the map is padded where it must be."""
-    _check(q, window_size, shift)
     B, H, W = q.shape[:3]
     top, bottom = _margins(H, window_size, shift)
     left, right = _margins(W, window_size, shift)
@@ -159,16 +157,10 @@ def _why_not_xformers(
     return None
 
 
-def _why_not_triton(
-    q: Tensor, k: Tensor, v: Tensor, *, window_size: int, shift: int = 0, **_: Any
-) -> None:
-    _check(q, window_size, shift)
-
-
 WINDOW_ATTENTION = Operator(
     "window_attention",
     [
-        triton_backend("window_attention", _why_not_triton, one_map=True),
+        triton_backend("window_attention", one_map=True),
         xformers_backend(window_attention_portable, _why_not_xformers),
         Backend("portable", window_attention_portable),
         Backend("reference", window_attention_reference),
@@ -211,6 +203,7 @@ def window_attention(
     Raises:
         ValueError: the shift does not lie inside a window, or q is not a map.
     """
+    _check(q, window_size, shift)
     return WINDOW_ATTENTION(
         q,
         k,
