@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import profile
 
 from tests.ops.comparison import assert_backend_agrees, random_tensors
-from vitzoo.ops import _routed, attention, routed, routed_attention
+from vitzoo.ops import _products, attention, routed, routed_attention
 from vitzoo.ops.routed import routed_attention_reference
 
 assert_agrees = partial(assert_backend_agrees, routed_attention, "portable")
@@ -57,7 +57,7 @@ def test_portable_is_the_definition(case: str) -> None:
 def test_products_are_the_definition(
     case: str, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_routed, "_PIECE_BYTES", piece)
+    monkeypatch.setattr(_products, "_PIECE_BYTES", piece)
     size, grid, chosen = CASES[case]
     qkv, regions = make_inputs(size, grid, chosen)
     with torch.no_grad():

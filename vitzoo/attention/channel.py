@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from vitzoo.attention.layers import Linear
+from vitzoo.attention.layers import Linear, untouched
 from vitzoo.ops import channel_attention
+from vitzoo.ops.channel import AxisScale, channel_attention_folds, folded_channel_attention
+
+T = TypeVar("T")
 
 
 @register_notrace_module
@@ -45,10 +48,29 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.unbind(2)
-        if self.mixes == "query":
-            out = channel_attention(k, v, q, axis_scale="head_dim")
-        else:
-            out = channel_attention(q, k, v, axis_scale="tokens")
+        axis_scale: AxisScale = "head_dim" if self.mixes == "query" else "tokens"
+        tokens = x.flatten(1, 2)
+        if self._folds(tokens):
+            out = folded_channel_attention(
+                tokens,
+                self._in_order(*zip(*(t.chunk(3) for t in self.qkv.parameters()), strict=True)),
+                self.proj.weight,
+                self.proj.bias,
+                heads=self.num_heads,
+                axis_scale=axis_scale,
+            )
+            return out.view(x.shape)
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        out = channel_attention(*self._in_order(*qkv), axis_scale=axis_scale)
         return self.proj(out.flatten(-2)).view(x.shape)
+
+    def _folds(self, tokens: Tensor) -> bool:
+        if not (untouched(self.qkv) and untouched(self.proj)) or self.qkv.bias is None:
+            return False
+        return channel_attention_folds(
+            tokens, self.num_heads, *self.qkv.parameters(), *self.proj.parameters()
+        )
+
+    def _in_order(self, q: T, k: T, v: T) -> tuple[T, T, T]:
+        """What makes the channel map, twice, and what it mixes."""
+        return (k, v, q) if self.mixes == "query" else (q, k, v)

@@ -13,6 +13,10 @@ from vitzoo.ops import linear, linear_gelu
 from vitzoo.ops._onednn import records_gradient, why_not_onednn
 from vitzoo.ops._sides import overhang, symbolic
 
+# Hidden values of an MLP that leave the caches, and the parts that then are computed at a time.
+_LARGE_HIDDEN_BYTES = 16 << 20
+_HIDDEN_BYTES = 5 << 19
+
 
 class Linear(nn.Linear):
     """nn.Linear whose product goes through `vitzoo.ops.linear`; same parameters and names."""
@@ -48,13 +52,34 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return self.drop2(self.fc2(self.drop1(self._hidden(x))))
+        rows = self._rows_at_a_time(x)
+        if rows is None:
+            return self.drop2(self.fc2(self.drop1(self._hidden(x))))
+        parts = x.reshape(-1, x.shape[-1]).split(rows)
+        return torch.cat([self.fc2(self._hidden(part)) for part in parts]).view(x.shape)
 
     def _hidden(self, x: Tensor) -> Tensor:
         fc1, act = self.fc1, self.act
-        if untouched(fc1) and type(act) is nn.GELU and not act._forward_hooks:
+        if self._fuses():
             return linear_gelu(x, fc1.weight, fc1.bias)
         return act(fc1(x))
+
+    def _fuses(self) -> bool:
+        return untouched(self.fc1) and type(self.act) is nn.GELU and not self.act._forward_hooks
+
+    def _rows_at_a_time(self, x: Tensor) -> int | None:
+        """Rows whose hidden values stay in the cache, or None for all at once."""
+        width = self.fc1.out_features
+        whole = width * x.numel() // max(1, x.shape[-1])
+        if symbolic(whole) or x.element_size() * whole < _LARGE_HIDDEN_BYTES:
+            return None
+        plain = self._fuses() and untouched(self.fc2) and not self.training
+        if not plain or records_gradient(x, self.fc1.weight, self.fc2.weight):
+            return None
+        # Elsewhere a product's parts are only more calls.
+        if why_not_onednn(x, self.fc1.weight, self.fc2.weight) is not None:
+            return None
+        return max(1, _HIDDEN_BYTES // (x.element_size() * width))
 
 
 @register_notrace_module

@@ -125,6 +125,14 @@ def forced_backend(operator: str) -> str:
     return "auto"
 
 
+def replaceable(*operators: str) -> bool:
+    """Whether a caller may compute these operators together with layers around them.
+
+    Not where a backend is forced for one of them, or somebody listens to operators.
+    """
+    return _listener is None and all(forced_backend(name) == "auto" for name in operators)
+
+
 def _read_environment() -> dict[str, str]:
     prefix = "VITZOO_BACKEND_"
     found = {

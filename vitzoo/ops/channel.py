@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._dispatch import Backend, Operator, replaceable
 from vitzoo.ops._half import widen_where_slow
+from vitzoo.ops._onednn import records_gradient, why_not_onednn
 
 AxisScale = Literal["head_dim", "tokens"]
 
@@ -91,3 +94,62 @@ def channel_attention(
         ValueError: `axis_scale` is neither of the two words.
     """
     return CHANNEL_ATTENTION(q, k, v, axis_scale=axis_scale, scale=scale, backend=backend)
+
+
+def channel_attention_folds(x: Tensor, heads: int, *parameters: Tensor | None) -> bool:
+    """Whether `folded_channel_attention` may stand for the layer on x (B, N, C), and costs less."""
+    tokens, width = x.shape[1:]
+    plain = tokens * (4 * width + 2 * width // heads)
+    folded = 2 * width * (tokens + width + width // heads)
+    # The plain form's products are larger, and run faster: it has to be a clear gain.
+    if 4 * folded > 3 * plain or records_gradient(x, *parameters):
+        return False
+    # Counters, tracers and other dtypes keep the layers apart, as for oneDNN.
+    return why_not_onednn(x, *parameters) is None and replaceable("channel_attention")
+
+
+def folded_channel_attention(
+    x: Tensor,
+    projections: Sequence[tuple[Tensor, Tensor]],
+    out_weight: Tensor,
+    out_bias: Tensor,
+    *,
+    heads: int,
+    axis_scale: AxisScale,
+) -> Tensor:
+    """`channel_attention` with the projections before and after it, most of it on C x C matrices.
+
+    The channel map needs sums over tokens of products of two projections, so it follows from the
+    sum of x x^T alone; and mixing channels, being linear in a token, is one matrix together with
+    the projections around it. Two products per token are left of four, and none is C x 3 C wide.
+
+    Args:
+        x: (B, N, C).
+        projections: weight (C, C) and bias (C,) of q, k and v as `channel_attention` names them.
+        out_weight, out_bias: (C, C) and (C,), applied to the heads side by side.
+        heads: of the attention.
+        axis_scale: as for `channel_attention`.
+
+    Returns:
+        (B, N, C).
+    """
+    B, N, C = x.shape
+    (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias) = projections
+    mean = x.mean(1)
+    # Around the mean the sums are smaller, and so is what rounding takes from them.
+    centred = x - mean[:, None]
+    spread = centred.transpose(1, 2) @ centred
+    logits = q_weight.unflatten(0, (heads, -1)) @ _per_head(F.linear(spread, k_weight), heads)
+    q_mean, k_mean = F.linear(mean, q_weight, q_bias), F.linear(mean, k_weight, k_bias)
+    logits += N * q_mean.view(B, heads, -1, 1) * k_mean.view(B, heads, 1, -1)
+    d = C // heads
+    weights = (logits * (d if axis_scale == "head_dim" else N) ** -0.5).softmax(-1)
+    mixed = (weights @ v_weight.unflatten(0, (heads, d))).flatten(1, 2)
+    mixed_bias = (weights @ v_bias.view(heads, d, 1)).flatten(1)
+    bias = F.linear(mixed_bias, out_weight, out_bias)
+    return torch.baddbmm(bias[:, None], x, (out_weight @ mixed).transpose(1, 2))
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """(B, n, heads * d) -> (B, heads, n, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

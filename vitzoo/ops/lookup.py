@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vitzoo.ops import _dispatch
-from vitzoo.ops._dispatch import Backend, Operator, forced_backend
+from vitzoo.ops._dispatch import Backend, Operator, replaceable
 from vitzoo.ops._onednn import records_gradient, why_not_onednn
 
 
@@ -99,12 +98,8 @@ def folds(tokens: int, compressed: int, heads: int, *tensors: Tensor) -> bool:
     # Products of few rows run slower: it has to be a clear gain.
     if 4 * folded > 3 * plain or records_gradient(*tensors):
         return False
-    # Counters, tracers, listeners and other dtypes keep the layers apart, as for oneDNN.
-    return (
-        why_not_onednn(*tensors) is None
-        and _dispatch._listener is None
-        and forced_backend("lookup_gather") == forced_backend("lookup_infuse") == "auto"
-    )
+    # Counters, tracers and other dtypes keep the layers apart, as for oneDNN.
+    return why_not_onednn(*tensors) is None and replaceable("lookup_gather", "lookup_infuse")
 
 
 def folded_similarity(

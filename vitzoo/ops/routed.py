@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._kernels import triton_backend
-from vitzoo.ops._onednn import records_gradient, why_not_onednn
-from vitzoo.ops._routed import attend_masked, attend_picked
+from vitzoo.ops._onednn import records_gradient
+from vitzoo.ops._products import attend_cells, attend_masked, products_lose, why_not_products
 from vitzoo.ops._sides import exporting, symbolic
 from vitzoo.ops.attention import attention_portable, attention_reference
 
@@ -254,7 +254,7 @@ def routed_attention_products(
     check_regions(q, k, v, regions, region_grid)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not _masking_pays(q, k, regions):
-        return attend_picked(q, k, v, _flat_numbers(regions), region_grid, scale)
+        return attend_cells(q, k, v, region_grid, scale, regions)
     mask = _mask(q, k, regions, region_grid)
     out = attend_masked(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask, scale)
     return out.unflatten(1, q.shape[1:3])
@@ -265,18 +265,16 @@ def _products_why_not(
 ) -> str | None:
     if weights is not None:
         return "They have no weights of regions."
-    if records_gradient(q, k, v):
-        return "They have no backward pass."
-    # The same steps stay torch's own that must not become a call into oneDNN.
-    if why_not_onednn(q, k, v) is not None:
-        return "They are for plain float32 tensors in eager mode on the CPU."
-    return None
+    return why_not_products(q, k, v)
 
 
-def _products_auto_skip(*args: Any, **kwargs: Any) -> str | None:
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        return "torch's fused kernel is as fast with AVX-512."
-    return None
+def _products_auto_skip(
+    q: Tensor, k: Tensor, v: Tensor, regions: Tensor, *, region_grid: Grid, **_: Any
+) -> str | None:
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if wide and _masking_pays(q, k, regions):
+        return "torch's fused kernel is as fast under a mask with AVX-512."
+    return products_lose(q, region_grid)
 
 
 def _prefers_masking(

@@ -35,20 +35,29 @@ def topk_mask_numpy(scores: Tensor, k: int) -> Tensor:
     rows = scores.detach().float().contiguous().view(-1, scores.shape[-1])
     mask = torch.empty(rows.shape, dtype=torch.bool)
     threads = torch.get_num_threads() if rows.numel() > _WORTH_THREADS else 1
-    # One part each: every call into numpy hands the interpreter's lock over, which is slow.
     parts, outs = rows.chunk(threads), mask.chunk(threads)
     run = map if len(parts) < 2 else _pool(os.getpid(), threads).map
-    list(run(_mark_largest, parts, outs, itertools.repeat(k)))
+    list(run(_mark_parts, parts, outs, itertools.repeat(k)))
     return mask.view(scores.shape)
 
 
 _WORTH_THREADS = 1 << 20
+# What stays in a core's cache together with its partitioned copy. Not less: every call into numpy
+# hands the interpreter's lock over, which is slow.
+_PART_BYTES = 1 << 19
 
 
 @functools.cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Threads of this process; a fork's copy of the object would have none."""
     return ThreadPoolExecutor(threads, thread_name_prefix="vitzoo-topk")
+
+
+def _mark_parts(scores: Tensor, out: Tensor, k: int) -> None:
+    """`_mark_largest`, a few rows at a time."""
+    rows = max(1, _PART_BYTES // (scores.element_size() * max(1, scores.shape[-1])))
+    for part, marks in zip(scores.split(rows), out.split(rows), strict=True):
+        _mark_largest(part, marks, k)
 
 
 def _mark_largest(scores: Tensor, out: Tensor, k: int) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._kernels import triton_backend
 from vitzoo.ops._optional import xformers_backend
-from vitzoo.ops._sides import crop, overhang, symbolic
+from vitzoo.ops._products import attend_cells, products_lose, why_not_products
+from vitzoo.ops._sides import crop, overhang, pieces, symbolic
 from vitzoo.ops.attention import attention_portable, attention_reference
 
 Fill = tuple[Tensor, Tensor]
@@ -111,32 +112,88 @@ def window_attention_portable(
     attend: Callable[..., Tensor] = attention_portable,
 ) -> Tensor:
     """Windows become the batch of one dense attention; the map is padded where it must be."""
-    B, H, W = q.shape[:3]
-    top, bottom = _margins(H, window_size, shift)
-    left, right = _margins(W, window_size, shift)
-    pads = ((top, left), (bottom, right))
-    padded = symbolic(H, W) or any(pads[0]) or any(pads[1])
-    mask = None
-    if padded:
-        inside = F.pad(
-            torch.ones(H, W, dtype=torch.bool, device=q.device), (left, right, top, bottom)
-        )
-        q = _pad_map(q, *pads)
-        if fill is None:
-            k, v = _pad_map(k, *pads), _pad_map(v, *pads)
-            mask = split_windows(inside[None, :, :, None, None], window_size)[
-                :, None, None, :, 0, 0
-            ]
-            mask = mask.repeat(B, 1, 1, 1)
-        else:
-            k = _pad_constant(k, inside, fill[0], pads)
-            v = _pad_constant(v, inside, fill[1], pads)
+    H, W = q.shape[1:3]
+    margins, (q, k, v), mask = _cover(q, k, v, window_size, shift, fill)
     full_H, full_W = q.shape[1:3]
     out = attend(
         *(split_windows(t, window_size) for t in (q, k, v)), bias=bias, mask=mask, scale=scale
     )
     out = join_windows(out, window_size, full_H, full_W)
-    return crop(out, top, H, left, W) if padded else out
+    return out if margins is None else crop(out, margins[0], H, margins[1], W)
+
+
+def _cover(
+    q: Tensor, k: Tensor, v: Tensor, window_size: int, shift: int, fill: Fill | None
+) -> tuple[tuple[int, int] | None, tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """Maps of whole windows, the place of the true ones in them, and what windows may see.
+
+    Returns:
+        Top and left margin, or None where nothing is padded; q, k, v; and a mask
+        (B * windows, 1, 1, window_size^2), or None where all keys take part.
+    """
+    B, H, W = q.shape[:3]
+    top, bottom = _margins(H, window_size, shift)
+    left, right = _margins(W, window_size, shift)
+    pads = ((top, left), (bottom, right))
+    if not (symbolic(H, W) or any(pads[0]) or any(pads[1])):
+        return None, (q, k, v), None
+    inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=q.device), (left, right, top, bottom))
+    q = _pad_map(q, *pads)
+    if fill is not None:
+        k = _pad_constant(k, inside, fill[0], pads)
+        return (top, left), (q, k, _pad_constant(v, inside, fill[1], pads)), None
+    mask = split_windows(inside[None, :, :, None, None], window_size)[:, None, None, :, 0, 0]
+    maps = (q, _pad_map(k, *pads), _pad_map(v, *pads))
+    return (top, left), maps, mask.repeat(B, 1, 1, 1)
+
+
+def window_attention_products(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window_size: int,
+    shift: int = 0,
+    bias: Tensor | None = None,
+    fill: Fill | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """As `portable`, from batched products and a softmax in place."""
+    H, W = q.shape[1:3]
+    margins, (q, k, v), _ = _cover(q, k, v, window_size, shift, fill)
+    grid = (q.shape[1] // window_size, q.shape[2] // window_size)
+    out = attend_cells(q, k, v, grid, q.shape[-1] ** -0.5 if scale is None else scale)
+    return out if margins is None else crop(out, margins[0], H, margins[1], W)
+
+
+def _partial_windows_need_a_mask(
+    q: Tensor, window_size: int, shift: int, fill: Fill | None
+) -> bool:
+    partial = shift or q.shape[1] % window_size or q.shape[2] % window_size
+    return fill is None and bool(partial)
+
+
+def _products_why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window_size: int,
+    shift: int = 0,
+    bias: Tensor | None = None,
+    fill: Fill | None = None,
+    **_: Any,
+) -> str | None:
+    if bias is not None:
+        return "The products take no bias."
+    if _partial_windows_need_a_mask(q, window_size, shift, fill):
+        return "Partial windows without a fill need a mask, which the products do not take."
+    return why_not_products(q, k, v)
+
+
+def _products_auto_skip(q: Tensor, *_: Any, window_size: int, **__: Any) -> str | None:
+    cells = tuple(pieces(side, window_size) for side in q.shape[1:3])
+    return products_lose(q, cells)
 
 
 def _why_not_xformers(
@@ -152,7 +209,7 @@ def _why_not_xformers(
 ) -> str | None:
     if bias is not None:
         return "xformers is asked without a bias only."
-    if fill is None and (shift or q.shape[1] % window_size or q.shape[2] % window_size):
+    if _partial_windows_need_a_mask(q, window_size, shift, fill):
         return "partial windows without a fill need a mask, and xformers is asked without."
     return None
 
@@ -162,6 +219,12 @@ WINDOW_ATTENTION = Operator(
     [
         triton_backend("window_attention", one_map=True),
         xformers_backend(window_attention_portable, _why_not_xformers),
+        Backend(
+            "products",
+            window_attention_products,
+            why_not=_products_why_not,
+            auto_skip=_products_auto_skip,
+        ),
         Backend("portable", window_attention_portable),
         Backend("reference", window_attention_reference),
     ],
@@ -195,7 +258,8 @@ def window_attention(
             (heads, window_size^2, window_size^2).
         fill: key and value (heads, head_dim) of the positions outside the map; None masks them.
         scale: factor on q k^T; head_dim ** -0.5 if None.
-        backend: `auto`, `triton`, `xformers`, `portable` or `reference`.
+        backend: `auto`, `triton`, `xformers`, `products` (inference in float32 on a CPU),
+            `portable` or `reference`.
 
     Returns:
         (B, H, W, heads, head_dim of v).

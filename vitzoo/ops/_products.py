@@ -1,0 +1,143 @@
+"""Attention inside the cells of a map from batched products, for inference on the CPU.
+
+torch's fused kernel calls the BLAS for 32 queries of one head at a time. On short sequences one
+batched product over many cells and heads, with a softmax in place, is up to twice as fast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitzoo.ops._onednn import records_gradient, why_not_onednn
+
+Grid = tuple[int, int]
+
+# Keys, values and scores of one thread at a time, so that they stay in the cache.
+_PIECE_BYTES = 2 << 20
+# Beyond so many queries of a cell torch's fused kernel has enough to do at a time.
+_MANY_QUERIES = 200
+
+
+def why_not_products(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why an attention on these tensors must not be taken apart into products, or None."""
+    if records_gradient(q, k, v):
+        return "They have no backward pass."
+    # The same steps stay torch's own that must not become a call into oneDNN.
+    if why_not_onednn(q, k, v) is not None:
+        return "They are for plain float32 tensors in eager mode on the CPU."
+    return None
+
+
+def products_lose(q: Tensor, grid: Grid) -> str | None:
+    """Why torch's fused kernel is the better choice for cells of q (B, H, W, ...), or None."""
+    if q.shape[1] * q.shape[2] > _MANY_QUERIES * grid[0] * grid[1]:
+        return "torch's fused kernel is as fast on cells of many queries."
+    return None
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """All tokens against all, one image at a time: its scores stay in the cache.
+
+    Args:
+        q, k, v: (B, N, heads, head_dim), in any layout that keeps head_dim together.
+        mask: (B, N, M), 0 or -inf.
+        scale: factor on q k^T.
+
+    Returns:
+        (B, N, heads, head_dim of v).
+    """
+    B, N, heads, _ = q.shape
+    out = v.new_empty(B, N, heads, v.shape[-1])
+    scores = q.new_empty(heads, N, k.shape[1])
+    q = q * scale
+    for image in range(B):
+        torch.bmm(q[image].transpose(0, 1), k[image].permute(1, 2, 0), out=scores)
+        torch.softmax(scores.add_(mask[image]), -1, out=scores)
+        out[image].copy_(torch.bmm(scores, v[image].transpose(0, 1)).transpose(0, 1))
+    return out
+
+
+def attend_cells(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, scale: float, chosen: Tensor | None = None
+) -> Tensor:
+    """Each cell of q against itself, or against the cells of k and v that were chosen for it.
+
+    Args:
+        q, k, v: (B, H, W, heads, head_dim); the grid divides every H and W.
+        grid: rows and columns of cells.
+        scale: factor on q k^T.
+        chosen: numbers (B, cells, chosen) of the cells that a cell sees, or None.
+
+    Returns:
+        (B, H, W, heads, head_dim of v).
+    """
+    rows, cols = grid
+    out = v.new_empty(*q.shape[:4], v.shape[-1])
+    tokens, seen = (x.shape[1] * x.shape[2] // (rows * cols) for x in (q, k))
+    if chosen is not None:
+        seen *= chosen.shape[2]
+    per_cell = q.shape[3] * seen * (tokens + k.shape[-1] + v.shape[-1]) * q.element_size()
+    budget = max(1, _PIECE_BYTES * torch.get_num_threads() // per_cell)
+    images = max(1, budget // (rows * cols))
+    buffer = q.new_empty(min(budget, images * rows * cols) * q.shape[3], tokens, seen)
+    for start in range(0, len(q), images):
+        some = slice(start, start + images)
+        of_some = None if chosen is None else chosen[some]
+        _attend_images(q[some], k[some], v[some], grid, scale, of_some, buffer, out[some])
+    return out
+
+
+def _attend_images(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Grid,
+    scale: float,
+    chosen: Tensor | None,
+    buffer: Tensor,
+    out: Tensor,
+) -> None:
+    """Write to `out` the attention of a few images, as many cells at a time as `buffer` holds."""
+    B, H, W, heads, _ = q.shape
+    rows, cols = grid
+    queries, keys, values = (_heads_first(x, grid) for x in (q, k, v))
+    numbers = None if chosen is None else _numbers_of_heads(chosen, heads)
+    results = values.new_empty(*queries.shape[:2], values.shape[-1])
+    for start in range(0, len(queries), len(buffer)):
+        piece = slice(start, start + len(buffer))
+        if numbers is None:
+            seen_keys, seen_values = keys[piece], values[piece]
+        else:
+            seen_keys, seen_values = (_pick(x, numbers[piece]) for x in (keys, values))
+        scores = buffer[: len(seen_keys)]
+        # With beta 0 what the buffer holds is not read.
+        torch.baddbmm(
+            scores, queries[piece], seen_keys.transpose(1, 2), beta=0, alpha=scale, out=scores
+        )
+        torch.bmm(torch.softmax(scores, -1, out=scores), seen_values, out=results[piece])
+    rows, cols = grid
+    by_cell = results.view(B, rows, cols, heads, H // rows, W // cols, -1)
+    by_cell = by_cell.permute(0, 1, 4, 2, 5, 3, 6)
+    out.view(by_cell.shape).copy_(by_cell)
+
+
+def _heads_first(x: Tensor, grid: Grid) -> Tensor:
+    """(B, H, W, heads, d) -> (B * cells * heads, tokens of a cell, d)."""
+    B, H, W, heads, d = x.shape
+    rows, cols = grid
+    x = x.reshape(B, rows, H // rows, cols, W // cols, heads, d).permute(0, 1, 3, 5, 2, 4, 6)
+    return x.reshape(B * rows * cols * heads, -1, d)
+
+
+def _numbers_of_heads(chosen: Tensor, heads: int) -> Tensor:
+    """Cells (B, cells, chosen), numbered in an image -> rows (B * cells * heads, chosen)."""
+    B, cells, count = chosen.shape
+    first = torch.arange(B, device=chosen.device)[:, None, None] * cells
+    of_heads = torch.arange(heads, device=chosen.device)[:, None]
+    return ((chosen + first)[:, :, None] * heads + of_heads).view(-1, count)
+
+
+def _pick(x: Tensor, numbers: Tensor) -> Tensor:
+    """Rows of x (rows, tokens, d) by numbers (n, chosen) -> (n, chosen * tokens, d)."""
+    return x.flatten(1).index_select(0, numbers.flatten()).view(len(numbers), -1, x.shape[-1])
