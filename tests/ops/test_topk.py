@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitzoo.ops import topk_mask
+from vitzoo.ops import topk, topk_mask
 from vitzoo.ops.topk import TOPK_MASK, topk_mask_reference
 
 SHAPES = [(1, 1), (7, 9), (2, 3, 13, 30), (3, 1500, 17), (0, 5)]
@@ -26,8 +26,13 @@ def test_agrees_with_the_reference(backend: str, shape: tuple[int, ...]) -> None
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_change_nothing(threads: int) -> None:
-    x, before = scores(5000, 12), torch.get_num_threads()
+@pytest.mark.parametrize("part", [1, 1 << 19])
+def test_threads_and_parts_change_nothing(
+    threads: int, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topk, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(topk, "_PART_BYTES", part)
+    x, before = scores(500, 12), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         assert torch.equal(topk_mask(x, 5, backend="numpy"), topk_mask_reference(x, 5))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.comparison import assert_backend_agrees, random_tensors
-from vitzoo.ops import attention, window_attention
+from vitzoo.ops import OPERATORS, _products, attention, window_attention
 
 MAPS = [(1, 1), (7, 9), (13, 30), (8, 8)]
 
@@ -43,6 +43,56 @@ def test_shifted_windows(size: tuple[int, int], shift: int, fill: bool) -> None:
         shift=shift,
         fill=(k_fill.detach(), v_fill.detach()) if fill else None,
     )
+
+
+@pytest.mark.parametrize("size", MAPS)
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("piece", [1, 2 << 20])
+@torch.no_grad()
+def test_products_are_the_definition(
+    size: tuple[int, int], shift: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_products, "_PIECE_BYTES", piece)
+    q, k, v, k_fill, v_fill = random_tensors(
+        5, *[(3, *size, 2, 4)] * 2, (3, *size, 2, 6), (2, 4), (2, 6)
+    )
+    found, expected = (
+        window_attention(
+            q, k, v, window_size=4, shift=shift, fill=(k_fill, v_fill), scale=0.3, backend=backend
+        )
+        for backend in ("products", "reference")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_products_refuse() -> None:
+    q, bias = torch.randn(1, 8, 8, 1, 4), torch.zeros(16, 16)
+    for options, sentence in (
+        ({"bias": bias}, "no bias"),
+        ({"shift": 1}, "need a mask"),
+        ({}, "no backward"),
+    ):
+        given = q.requires_grad_(not options)
+        with pytest.raises(ValueError, match=sentence):
+            window_attention(given, q, q, window_size=4, backend="products", **options)
+
+
+@pytest.mark.parametrize(("window_size", "taken"), [(14, "products"), (28, "portable")])
+def test_products_are_for_short_windows(window_size: int, taken: str) -> None:
+    q = torch.randn(1, 28, 28, 1, 4)
+    options = {"window_size": window_size}
+    assert OPERATORS["window_attention"].select(q, q, q, **options).name == taken
+
+
+@torch.no_grad()
+def test_products_propagate_nan_and_take_empty_batches() -> None:
+    q = torch.randn(2, 8, 8, 1, 4)
+    q[0, 0, 0] = float("nan")
+    out = window_attention(q, q, q, window_size=4, backend="products")
+    assert out[0, :4, :4].isnan().all()
+    assert not out[0, 4:].isnan().any()
+    assert not out[1].isnan().any()
+    assert window_attention(q[:0], q[:0], q[:0], window_size=4, backend="products").shape[0] == 0
 
 
 def test_value_width_may_differ() -> None:

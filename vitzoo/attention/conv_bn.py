@@ -11,8 +11,10 @@ import torch
 from timm.layers import BatchNormAct2d, ConvNormAct, register_notrace_module
 from torch import Tensor, nn
 
+from vitzoo.ops._derived import Derived
 from vitzoo.ops._onednn import records_gradient, why_not_onednn
 
+_folded: Derived[tuple[Tensor, Tensor]] = Derived()
 _FUSED_NAME = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "swish"}
 
 
@@ -34,7 +36,7 @@ class ConvBnAct(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         if not _fusible(self, x):
             return self.bn(self.conv(x))
-        weight, bias = _fold(self.conv, self.bn)
+        weight, bias = _fold(self.conv, self.bn, x)
         return _convolve(self.conv, x, weight, bias, _FUSED_NAME[type(self.bn.act)])
 
 
@@ -61,7 +63,7 @@ class ResidualConvBn(nn.Module):
             x = self.drop_path(self.bn(self.conv(x)))
             return self.act(x if shortcut is None else x + shortcut)
         x = x.contiguous(memory_format=torch.channels_last)
-        weight, bias = _fold(self.conv, self.bn)
+        weight, bias = _fold(self.conv, self.bn, x)
         name = _FUSED_NAME[type(self.act)]
         if shortcut is None:
             return _convolve(self.conv, x, weight, bias, name)
@@ -108,17 +110,29 @@ def _fusible(module: ConvBnAct | ResidualConvBn, x: Tensor) -> bool:
     return all(type(act) in _FUSED_NAME for act in acts)
 
 
-def _fold(conv: nn.Conv2d, bn: BatchNormAct2d) -> tuple[Tensor, Tensor]:
-    """Kernel and bias of the convolution followed by the norm of its running statistics."""
-    scale = torch.rsqrt(bn.running_var + bn.eps)
-    if bn.weight is not None:
-        scale = scale * bn.weight
-    bias = -bn.running_mean * scale
-    if bn.bias is not None:
-        bias = bias + bn.bias
-    if conv.bias is not None:
-        bias = bias + conv.bias * scale
-    return conv.weight * scale[:, None, None, None], bias
+def _fold(conv: nn.Conv2d, bn: BatchNormAct2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Kernel, in oneDNN's order for x, and bias of the convolution followed by the norm."""
+    sources = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+
+    def fold() -> tuple[Tensor, Tensor]:
+        scale = torch.rsqrt(bn.running_var + bn.eps)
+        if bn.weight is not None:
+            scale = scale * bn.weight
+        bias = -bn.running_mean * scale
+        if bn.bias is not None:
+            bias = bias + bn.bias
+        if conv.bias is not None:
+            bias = bias + conv.bias * scale
+        return _pack(conv, conv.weight * scale[:, None, None, None], x), bias
+
+    return _folded.get([t for t in sources if t is not None], fold)
+
+
+def _pack(conv: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
+    padding, stride, dilation = (list(pair) for pair in (conv.padding, conv.stride, conv.dilation))
+    return torch.ops.aten.mkldnn_reorder_conv2d_weight(
+        weight.to_mkldnn(), padding, stride, dilation, conv.groups, list(x.shape)
+    )
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from vitzoo.ops._derived import Derived
 from vitzoo.ops._dispatch import Backend, Operator, forced_backend
 from vitzoo.ops._onednn import records_gradient, why_not_onednn
 
@@ -28,8 +28,7 @@ _CLEAR_WIN = 1.5
 _CLASSES = ("inference/narrow", "inference/wide", "training/narrow", "training/wide")
 
 _choices: dict[str, str] | None = None
-# weight -> (state, probe, packed copy)
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_packed: Derived[Tensor] = Derived()
 
 
 def _as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,28 +43,16 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
 
 
 def _pack(weight: Tensor) -> Tensor:
-    """The weight in oneDNN's own order, copied once and again whenever it may have changed.
-
-    In-place updates raise the version, new storage has another address. Writes through `.data` do
-    neither: a sample of the values catches optimisers and averages that work that way.
-    """
-    if weight.is_inference():
-        return weight  # without a version counter
-    state = (weight._version, weight.data_ptr(), weight.shape)
-    flat = weight.detach().reshape(-1)
-    probe = flat[:: flat.numel() // 64 + 1]
-    known = _packed.get(weight)
-    if known is None or known[0] != state or not torch.equal(known[1], probe):
-        copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        known = (state, probe.clone(), copy)
-        _packed[weight] = known
-    return known[2]
+    """The weight in oneDNN's own order."""
+    return _packed.get(
+        (weight,), lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    )
 
 
 def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """oneDNN's product: on packed weights in inference, as a convolution where autograd records."""
     if records_gradient(x, weight, bias):
-        _packed.pop(weight, None)
+        _packed.drop(weight)
         return _as_convolution(x, weight, bias)
     return _pointwise(x, _pack(weight), bias, "none")
 

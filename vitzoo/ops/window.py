@@ -192,8 +192,8 @@ def _products_why_not(
 
 
 def _products_auto_skip(q: Tensor, *_: Any, window_size: int, **__: Any) -> str | None:
-    cells = tuple(pieces(side, window_size) for side in q.shape[1:3])
-    return products_lose(q, cells)
+    H, W = q.shape[1:3]
+    return products_lose(q, (pieces(H, window_size), pieces(W, window_size)))
 
 
 def _why_not_xformers(

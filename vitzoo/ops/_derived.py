@@ -1,0 +1,49 @@
+"""Values computed from weights, kept for as long as the weights stay what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Value = TypeVar("Value")
+
+# Numbers of a large tensor that are compared; a small one is compared whole.
+_SAMPLES = 64
+_SMALL = 4096
+
+
+class Derived(Generic[Value]):
+    """A cache of what was computed from tensors; it dies with the first of them.
+
+    In-place updates raise a tensor's version, new storage has another address. Writes through
+    `.data` do neither: a sample of the numbers catches optimisers and averages that work that way.
+    """
+
+    def __init__(self) -> None:
+        # first source -> (state, probes, value)
+        self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def get(self, sources: Sequence[Tensor], make: Callable[[], Value]) -> Value:
+        """The value that `make` computed from `sources`, made again if one may have changed."""
+        if any(t.is_inference() for t in sources):
+            return make()  # without a version counter
+        state = [(t._version, t.data_ptr(), t.shape) for t in sources]
+        probes = [_probe(t) for t in sources]
+        known = self._known.get(sources[0])
+        if known is None or known[0] != state or not all(map(torch.equal, known[1], probes)):
+            known = (state, [probe.clone() for probe in probes], make())
+            self._known[sources[0]] = known
+        return known[2]
+
+    def drop(self, source: Tensor) -> None:
+        """Forget what was computed from `source` and others after it."""
+        self._known.pop(source, None)
+
+
+def _probe(t: Tensor) -> Tensor:
+    flat = t.detach().reshape(-1)
+    return flat if flat.numel() <= _SMALL else flat[:: flat.numel() // _SAMPLES + 1]
