@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from vitzoo.attention.layers import Mlp, add_conv
+from vitzoo.attention import layers
+from vitzoo.attention.layers import Mlp, add_conv, add_mlp
 
 
 def test_an_mlp_with_and_without_gradients() -> None:
@@ -52,3 +53,53 @@ def test_a_convolution_and_a_sum_with_and_without_gradients(kernel_size: int) ->
         conv.register_forward_hook(lambda *_: heard.append(1))
         add_conv(x, conv, other)
     assert heard
+
+
+def make_half_block(width: int = 8) -> tuple[nn.LayerNorm, Mlp, nn.Module]:
+    torch.manual_seed(0)
+    return nn.LayerNorm(width).eval(), Mlp(width, 3 * width).eval(), nn.Dropout(0.5).eval()
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each call of the MLP's first layer."""
+    rows: list[int] = []
+    run = layers.linear_gelu
+
+    def counted(x: Tensor, *args: Tensor) -> Tensor:
+        rows.append(x.shape[:-1].numel())
+        return run(x, *args)
+
+    monkeypatch.setattr(layers, "linear_gelu", counted)
+    return rows
+
+
+def test_add_mlp_takes_large_maps_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, mlp, drop = make_half_block()
+    monkeypatch.setattr(layers, "_LARGE_HIDDEN_BYTES", 4 * 24 * 30)
+    monkeypatch.setattr(layers, "_HIDDEN_BYTES", 4 * 24 * 13)
+    rows = count_calls(monkeypatch)
+    x = torch.randn(2, 8, 5, 3).permute(0, 2, 3, 1)
+    with torch.no_grad():
+        found = add_mlp(x, norm, mlp, drop)
+        assert rows == [13, 13, 4]
+        torch.testing.assert_close(found, x + mlp(norm(x)))
+        rows.clear()
+        add_mlp(x[:, 1:], norm, mlp, drop)
+    add_mlp(x, norm, mlp, drop).sum().backward()
+    assert rows == [24, 30]
+
+
+def test_add_mlp_shows_whole_maps_to_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_LARGE_HIDDEN_BYTES", 0)
+    monkeypatch.setattr(layers, "_HIDDEN_BYTES", 1)
+    for listened in (0, 1, 2):
+        steps = make_half_block()
+        seen: list[torch.Size] = []
+
+        def note(module: nn.Module, args: object, out: Tensor, to: list = seen) -> None:
+            to.append(out.shape)
+
+        steps[listened].register_forward_hook(note)
+        with torch.no_grad():
+            add_mlp(torch.randn(2, 3, 4, 8), *steps)
+        assert seen == [(2, 3, 4, 8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from vitzoo.ops import linear, linear_gelu
 from vitzoo.ops._onednn import records_gradient, why_not_onednn
 from vitzoo.ops._sides import overhang, symbolic
 
-# Hidden values of an MLP that leave the caches, and the parts that then are computed at a time.
+# Hidden values of an MLP that leave the caches, and what is then computed at a time.
 _LARGE_HIDDEN_BYTES = 16 << 20
 _HIDDEN_BYTES = 5 << 19
 
@@ -52,34 +53,55 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        rows = self._rows_at_a_time(x)
-        if rows is None:
-            return self.drop2(self.fc2(self.drop1(self._hidden(x))))
-        parts = x.reshape(-1, x.shape[-1]).split(rows)
-        return torch.cat([self.fc2(self._hidden(part)) for part in parts]).view(x.shape)
+        return self.drop2(self.fc2(self.drop1(self._hidden(x))))
 
     def _hidden(self, x: Tensor) -> Tensor:
         fc1, act = self.fc1, self.act
-        if self._fuses():
+        if untouched(fc1) and type(act) is nn.GELU and not act._forward_hooks:
             return linear_gelu(x, fc1.weight, fc1.bias)
         return act(fc1(x))
 
-    def _fuses(self) -> bool:
-        return untouched(self.fc1) and type(self.act) is nn.GELU and not self.act._forward_hooks
 
-    def _rows_at_a_time(self, x: Tensor) -> int | None:
-        """Rows whose hidden values stay in the cache, or None for all at once."""
-        width = self.fc1.out_features
-        whole = width * x.numel() // max(1, x.shape[-1])
-        if symbolic(whole) or x.element_size() * whole < _LARGE_HIDDEN_BYTES:
-            return None
-        plain = self._fuses() and untouched(self.fc2) and not self.training
-        if not plain or records_gradient(x, self.fc1.weight, self.fc2.weight):
-            return None
-        # Elsewhere a product's parts are only more calls.
-        if why_not_onednn(x, self.fc1.weight, self.fc2.weight) is not None:
-            return None
-        return max(1, _HIDDEN_BYTES // (x.element_size() * width))
+def add_mlp(x: Tensor, norm: nn.Module, mlp: nn.Module, *branch: nn.Module) -> Tensor:
+    """x + branch(mlp(norm(x))), the second half of a block, on x (..., C).
+
+    In inference on the CPU so many tokens at a time that their hidden values stay in the cache.
+
+    Args:
+        x: (..., C).
+        norm, mlp: of the block.
+        branch: what follows the MLP, in order (layer scale, drop path).
+    """
+    steps = (norm, mlp, *branch)
+    rows = _rows_at_a_time(x, mlp, steps)
+    if rows is None:
+        return x + _in_turn(steps, x)
+    tokens = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(tokens)
+    for part, result in zip(tokens.split(rows), out.split(rows), strict=True):
+        torch.add(part, _in_turn(steps, part), out=result)
+    return out.view(x.shape)
+
+
+def _in_turn(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for step in steps:
+        x = step(x)
+    return x
+
+
+def _rows_at_a_time(x: Tensor, mlp: nn.Module, steps: Sequence[nn.Module]) -> int | None:
+    """How many tokens, or None for all: a small map, gradients, a hook that should see it whole."""
+    # torch.fx traces with something that is no tensor.
+    if type(x) is not Tensor or type(mlp) is not Mlp or mlp.training or symbolic(*x.shape):
+        return None
+    row_bytes = mlp.fc1.out_features * x.element_size()
+    if x.numel() // max(1, x.shape[-1]) * row_bytes < _LARGE_HIDDEN_BYTES:
+        return None
+    if records_gradient(x, *mlp.parameters()) or why_not_onednn(x, mlp.fc1.weight) is not None:
+        return None
+    if any(part._forward_hooks or part._forward_pre_hooks for m in steps for part in m.modules()):
+        return None
+    return max(1, _HIDDEN_BYTES // row_bytes)
 
 
 @register_notrace_module

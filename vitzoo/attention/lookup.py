@@ -12,7 +12,7 @@ from typing import Any
 from timm.layers import DropPath, register_notrace_module
 from torch import Tensor, nn
 
-from vitzoo.attention.layers import Linear, Mlp, untouched
+from vitzoo.attention.layers import Linear, Mlp, add_mlp, untouched
 from vitzoo.ops import attention, lookup_gather, lookup_infuse, lookup_similarity
 from vitzoo.ops.lookup import folded_gather, folded_infuse, folded_similarity, folds
 
@@ -137,7 +137,7 @@ class LookupBlock(nn.Module):
         update, similarity = self.gather(lookup, compressed)
         compressed = compressed + self.drop_path(update)
         compressed = compressed + self.drop_path(self.attn(self.norm1(compressed)))
-        compressed = compressed + self.drop_path(self.mlp(self.norm2(compressed)))
+        compressed = add_mlp(compressed, self.norm2, self.mlp, self.drop_path)
         lookup = lookup + self.drop_path(self.infuse(lookup, compressed, similarity))
-        lookup = lookup + self.drop_path(self.mlp_lookup(self.norm_lookup(lookup)))
+        lookup = add_mlp(lookup, self.norm_lookup, self.mlp_lookup, self.drop_path)
         return lookup, compressed

@@ -18,7 +18,7 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from vitzoo.attention import DepthwiseResidual, Linear, Mlp
+from vitzoo.attention import DepthwiseResidual, Linear, Mlp, add_mlp
 from vitzoo.attention.routing import AttentionLePE, BiLevelRoutingAttention
 from vitzoo.backbones._build import StateDict, build_backbone, rename, unwrap
 from vitzoo.backbones._registry import ModelInfo, register
@@ -110,7 +110,7 @@ class Block(nn.Module):
         """(B, H, W, C) -> (B, H, W, C)."""
         x = self.pos_embed(x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return add_mlp(x, self.norm2, self.mlp, self.drop_path)
 
 
 class BiFormer(StagedBackbone):

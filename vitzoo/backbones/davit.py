@@ -24,6 +24,7 @@ from vitzoo.attention import (
     DepthwiseResidual,
     Mlp,
     WindowAttention,
+    add_mlp,
     conv_channels_last,
     pad_image_to_multiple,
     pad_to_multiple,
@@ -94,7 +95,7 @@ class Block(nn.Module):
         x = self.cpe1(x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return add_mlp(x, self.norm2, self.mlp, self.drop_path)
 
 
 class DaViT(StagedBackbone):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from vitzoo.attention.layers import (
     Linear,
     Mlp,
+    add_mlp,
     conv_channels_last,
     pad_image_to_multiple,
     pad_to_multiple,
@@ -131,7 +132,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        return add_mlp(x, self.norm2, self.mlp, self.ls2, self.drop_path)
 
 
 # The tables of the authors' detection and segmentation configurations.

@@ -18,7 +18,7 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, trunc
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from vitzoo.attention import Mlp, conv_channels_last
+from vitzoo.attention import Mlp, add_mlp, conv_channels_last
 from vitzoo.attention.halo import MaskedHaloAttention, RelativeTables
 from vitzoo.backbones._build import StateDict, build_backbone, rename, unwrap
 from vitzoo.backbones._registry import ModelInfo, register
@@ -81,7 +81,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        return add_mlp(x, self.norm2, self.mlp, self.ls2, self.drop_path)
 
 
 class ConvHead(nn.Sequential):
