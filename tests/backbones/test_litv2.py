@@ -11,6 +11,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 import vitzoo  # noqa: F401
+from vitzoo.attention import add_mlp, layers
 from vitzoo.backbones import litv2
 from vitzoo.backbones.litv2 import Block, ConvMlp, Downsample, checkpoint_filter_fn
 from vitzoo.zoo.entries.litv2 import ENTRIES
@@ -43,16 +44,25 @@ def test_the_mlp_activates_after_its_convolution_with_the_exact_gelu() -> None:
         torch.testing.assert_close(mlp(x), mlp.fc2(F.gelu(hidden)), rtol=0, atol=1e-6)
 
 
-def test_large_maps_are_mapped_in_groups_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    mlp, x = ConvMlp(8, 32), torch.randn(5, 6, 6, 8)
-    whole = mlp(x)
-    monkeypatch.setattr(litv2, "_MAPPED_BYTES", 2 * 6 * 6 * 32 * 4)
-    with torch.inference_mode():
-        assert [len(part) for part in litv2._split_images(x, 32)] == [2, 2, 1]
-        torch.testing.assert_close(mlp(x), whole)
-    monkeypatch.setattr(litv2, "_MAPPED_BYTES", 1)  # less than one image: one at a time
-    with torch.inference_mode():
-        torch.testing.assert_close(mlp(x), whole)
+def test_large_maps_go_in_groups_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, norm, x = ConvMlp(8, 32).eval(), nn.LayerNorm(8), torch.randn(5, 6, 6, 8)
+    whole = x + mlp(norm(x))
+    sizes: list[int] = []
+    run = litv2.depthwise_gelu
+
+    def noted(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        return run(x, *weights)
+
+    monkeypatch.setattr(litv2, "depthwise_gelu", noted)
+    monkeypatch.setattr(layers, "_LARGE_HIDDEN_BYTES", 5 * 6 * 6 * 32 * 4)
+    # Less than one image: one at a time.
+    for budget, expected in ((2 * 6 * 6 * 32 * 4, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(layers, "_HIDDEN_BYTES", budget)
+        sizes.clear()
+        with torch.inference_mode():
+            torch.testing.assert_close(add_mlp(x, norm, mlp), whole)
+        assert sizes == expected
 
 
 def test_a_fresh_merging_is_a_strided_convolution() -> None:

@@ -11,12 +11,12 @@ from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from vitzoo.ops import linear, linear_gelu
-from vitzoo.ops._onednn import records_gradient, why_not_onednn
+from vitzoo.ops._onednn import records_gradient, why_not_apart, why_not_onednn
 from vitzoo.ops._sides import overhang, symbolic
 
 # Hidden values of an MLP that leave the caches, and what is then computed at a time.
 _LARGE_HIDDEN_BYTES = 16 << 20
-_HIDDEN_BYTES = 5 << 19
+_HIDDEN_BYTES = 5 << 20
 
 
 class Linear(nn.Linear):
@@ -43,8 +43,11 @@ def untouched(layer: nn.Module) -> bool:
 class Mlp(nn.Module):
     """Linear, exact GELU, Linear on the last axis, as in ViT."""
 
+    mixes_tokens = False
+
     def __init__(self, dim: int, hidden_dim: int, *, drop: float = 0.0, **factory: Any) -> None:
         super().__init__()
+        self.hidden_dim = hidden_dim
         self.fc1 = Linear(dim, hidden_dim, **factory)
         self.act = nn.GELU()
         self.drop1 = nn.Dropout(drop)
@@ -62,23 +65,25 @@ class Mlp(nn.Module):
         return act(fc1(x))
 
 
-def add_mlp(x: Tensor, norm: nn.Module, mlp: nn.Module, *branch: nn.Module) -> Tensor:
-    """x + branch(mlp(norm(x))), the second half of a block, on x (..., C).
+def add_mlp(x: Tensor, norm: nn.Module, mlp: Any, *branch: nn.Module) -> Tensor:
+    """x + branch(mlp(norm(x))), the second half of a block.
 
-    In inference on the CPU so many tokens at a time that their hidden values stay in the cache.
+    In inference on the CPU a large map goes in parts whose hidden values stay in the cache, if the
+    MLP's class says so: `mixes_tokens` is False where tokens pass it one by one, True where it
+    needs whole images, and `hidden_dim` is its inner width.
 
     Args:
-        x: (..., C).
+        x: (B, ..., C).
         norm, mlp: of the block.
         branch: what follows the MLP, in order (layer scale, drop path).
     """
     steps = (norm, mlp, *branch)
-    rows = _rows_at_a_time(x, mlp, steps)
-    if rows is None:
+    count = _items_at_a_time(x, mlp, steps)
+    if count is None:
         return x + _in_turn(steps, x)
-    tokens = x.reshape(-1, x.shape[-1])
-    out = torch.empty_like(tokens)
-    for part, result in zip(tokens.split(rows), out.split(rows), strict=True):
+    items = x if mlp.mixes_tokens else x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(items)
+    for part, result in zip(items.split(count), out.split(count), strict=True):
         torch.add(part, _in_turn(steps, part), out=result)
     return out.view(x.shape)
 
@@ -89,19 +94,22 @@ def _in_turn(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def _rows_at_a_time(x: Tensor, mlp: nn.Module, steps: Sequence[nn.Module]) -> int | None:
-    """How many tokens, or None for all: a small map, gradients, a hook that should see it whole."""
-    # torch.fx traces with something that is no tensor.
-    if type(x) is not Tensor or type(mlp) is not Mlp or mlp.training or symbolic(*x.shape):
+def _items_at_a_time(x: Tensor, mlp: Any, steps: Sequence[nn.Module]) -> int | None:
+    """How many tokens or images, or None for all: a small map, gradients, somebody who listens."""
+    # torch.fx traces with something that is no tensor. A subclass may compute something else.
+    if type(x) is not Tensor or "mixes_tokens" not in vars(type(mlp)) or symbolic(*x.shape):
         return None
-    row_bytes = mlp.fc1.out_features * x.element_size()
-    if x.numel() // max(1, x.shape[-1]) * row_bytes < _LARGE_HIDDEN_BYTES:
+    row_bytes = mlp.hidden_dim * x.element_size()
+    rows = x.numel() // max(1, x.shape[-1])
+    if mlp.training or rows * row_bytes < _LARGE_HIDDEN_BYTES:
         return None
-    if records_gradient(x, *mlp.parameters()) or why_not_onednn(x, mlp.fc1.weight) is not None:
+    weights = list(mlp.parameters())
+    if records_gradient(x, *weights) or why_not_apart(x, *weights) is not None:
         return None
     if any(part._forward_hooks or part._forward_pre_hooks for m in steps for part in m.modules()):
         return None
-    return max(1, _HIDDEN_BYTES // row_bytes)
+    item_bytes = row_bytes * rows // len(x) if mlp.mixes_tokens else row_bytes
+    return max(1, _HIDDEN_BYTES // item_bytes)
 
 
 @register_notrace_module

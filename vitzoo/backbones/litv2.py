@@ -25,7 +25,7 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from vitzoo.attention import Linear, pad_image_to_multiple
+from vitzoo.attention import Linear, add_mlp, pad_image_to_multiple
 from vitzoo.attention.hilo import HiLo
 from vitzoo.attention.merging import DeformableMerge
 from vitzoo.backbones._build import StateDict, build_backbone, rename, unwrap
@@ -36,7 +36,6 @@ from vitzoo.zoo.entries import DataConfig, tag_arguments, timm_configs
 from vitzoo.zoo.entries.litv2 import ENTRIES
 
 _NORM_EPS = 1e-5
-_MAPPED_BYTES = 32 * 2**20
 
 
 class Stem(nn.Module):
@@ -72,31 +71,19 @@ class Downsample(nn.Module):
 class ConvMlp(nn.Module):
     """An MLP with a 3x3 depthwise convolution on its hidden map, ahead of the exact GELU."""
 
+    mixes_tokens = True
+
     def __init__(self, dim: int, hidden_dim: int, **factory: Any) -> None:
         super().__init__()
+        self.hidden_dim = hidden_dim
         self.fc1 = Linear(dim, hidden_dim, **factory)
         self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **factory)
         self.fc2 = Linear(hidden_dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        parts = _split_images(x, self.fc1.out_features)
-        mapped = [
-            self.fc2(depthwise_gelu(self.fc1(part), self.dwconv.weight, self.dwconv.bias))
-            for part in parts
-        ]
-        return mapped[0] if len(mapped) == 1 else torch.cat(mapped)
-
-
-def _split_images(x: Tensor, hidden_dim: int) -> tuple[Tensor, ...]:
-    """Groups of images whose hidden map stays under the size that glibc maps afresh every time.
-
-    Page faults on such maps cost more than the products. With gradients the maps are kept anyway.
-    """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu":
-        return (x,)
-    hidden_bytes = x[..., 0].numel() * hidden_dim * x.element_size()
-    return x.chunk(-(-hidden_bytes // _MAPPED_BYTES))
+        hidden = depthwise_gelu(self.fc1(x), self.dwconv.weight, self.dwconv.bias)
+        return self.fc2(hidden)
 
 
 class Block(nn.Module):
@@ -123,7 +110,7 @@ class Block(nn.Module):
         """(B, H, W, C) -> (B, H, W, C)."""
         if self.attn is not None:
             x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return add_mlp(x, self.norm2, self.mlp, self.drop_path)
 
 
 class LITv2(StagedBackbone):

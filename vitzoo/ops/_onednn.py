@@ -20,23 +20,31 @@ def transformed() -> bool:
     )
 
 
-def why_not_onednn(*tensors: Tensor | None) -> str | None:
-    """Why oneDNN's own operators must not stand for torch's here, or None."""
+def why_not_apart(*tensors: Tensor | None) -> str | None:
+    """Why a step on the CPU must not be taken apart or put together otherwise, or None."""
     given = [t for t in tensors if t is not None]
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "A traced graph keeps torch's own operators."
     if any(t.device.type != "cpu" for t in given):
         return "oneDNN serves the CPU only."
-    if any(t.dtype != torch.float32 for t in given):
-        return "It is for float32; torch sends other dtypes to oneDNN by itself."
-    if torch.is_autocast_enabled("cpu"):
-        return "Autocast chooses the dtype of torch's own operators."
     if any(type(t) not in (Tensor, nn.Parameter) for t in given):
         return "It takes plain tensors, no subclasses."
     if _get_current_dispatch_mode() is not None:
         return "A dispatch mode (fake tensors, counters) should see torch's own operators."
     if transformed():
         return "Function transforms and forward-mode derivatives need torch's own operators."
+    return None
+
+
+def why_not_onednn(*tensors: Tensor | None) -> str | None:
+    """Why oneDNN's own operators must not stand for torch's here, or None."""
+    reason = why_not_apart(*tensors)
+    if reason is not None:
+        return reason
+    if any(t is not None and t.dtype != torch.float32 for t in tensors):
+        return "It is for float32; torch sends other dtypes to oneDNN by itself."
+    if torch.is_autocast_enabled("cpu"):
+        return "Autocast chooses the dtype of torch's own operators."
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return "This torch has no oneDNN, or it is switched off."
     return None
