@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from vitzoo.attention import channel
 from vitzoo.attention.channel import ChannelAttention
 from vitzoo.ops import use_backend
+from vitzoo.ops._dispatch import listen
 
 # Tokens enough for the folded form to cost less; 8 channels a head.
 SIZE, DIM, HEADS = (18, 15), 24, 3
@@ -58,6 +60,21 @@ def test_folds_only_where_it_pays_and_nobody_listens(folded: list[int]) -> None:
         layer(x[:, :4, :4])
         make_layer(qkv_bias=False)(x)
         layer.double()(x.double())
-        layer.float().proj.register_forward_hook(lambda *_: None)
+        layer.float()
+        with listen(lambda *_: None):
+            layer(x)
+        layer.proj.register_forward_hook(lambda *_: None)
         layer(x)
     assert folded == []
+
+
+@torch.no_grad()
+def test_weights_may_be_registered_after_biases(folded: list[int]) -> None:
+    layer, x = make_layer(), torch.randn(1, *SIZE, DIM)
+    expected = layer(x)
+    for linear in (layer.qkv, layer.proj):
+        prune.identity(linear, "weight")
+        prune.remove(linear, "weight")
+        assert next(linear.named_parameters())[0] == "bias"
+    torch.testing.assert_close(layer(x), expected)
+    assert folded == [1, 1]

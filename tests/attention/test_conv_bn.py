@@ -9,6 +9,7 @@ import torch
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
+from vitzoo.attention import conv_bn
 from vitzoo.attention.conv_bn import ConvBnAct, ResidualConvBn
 
 
@@ -39,24 +40,55 @@ def train(source: ConvNormAct) -> None:
     source.eval()
 
 
+def change_eps(source: ConvNormAct) -> None:
+    source.bn.eps = 0.5
+
+
 def load(source: ConvNormAct) -> None:
     source.load_state_dict({k: v * 2 for k, v in source.state_dict().items()})
 
 
-@pytest.mark.parametrize(
-    "change", [scale_kernel, scale_kernel_through_data, shift_one_mean_through_data, train, load]
-)
+CHANGES = [
+    scale_kernel,
+    scale_kernel_through_data,
+    shift_one_mean_through_data,
+    change_eps,
+    train,
+    load,
+]
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """One entry for each kernel that was folded and packed."""
+    shapes: list[torch.Size] = []
+    run = conv_bn._pack
+
+    def noted(conv: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
+        shapes.append(weight.shape)
+        return run(conv, weight, x)
+
+    monkeypatch.setattr(conv_bn, "_pack", noted)
+    return shapes
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_folded_kernels_are_never_stale(change: Callable[[ConvNormAct], None], bias: bool) -> None:
+def test_folded_kernels_are_never_stale(
+    change: Callable[[ConvNormAct], None], bias: bool, packed: list[torch.Size]
+) -> None:
     source = make_source(bias=bias)
     module = ConvBnAct(source).eval()
     x = torch.randn(2, 16, 9, 7)
     before = module(x)
     torch.testing.assert_close(before, source(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(module(x), before)
+    assert len(packed) == 1
     change(source)
     torch.testing.assert_close(module(x), source(x), rtol=1e-5, atol=1e-5)
     assert (module(x) - before).abs().max() > 1e-2
+    assert len(packed) == 2
 
 
 @torch.no_grad()
@@ -69,3 +101,28 @@ def test_one_kernel_serves_other_sizes_and_residuals() -> None:
         torch.testing.assert_close(alone(x), source(x), rtol=1e-5, atol=1e-5)
         expected = torch.relu(source(x) + shortcut)
         torch.testing.assert_close(residual.eval()(x, shortcut), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["conv.weight", "bn.weight", "bn.bias"])
+def test_whatever_is_trained_gets_its_gradient(trained: str, packed: list[torch.Size]) -> None:
+    source = make_source().requires_grad_(False)
+    source.get_parameter(trained).requires_grad_()
+    ConvBnAct(source).eval()(torch.randn(2, 16, 9, 7)).sum().backward()
+    assert source.get_parameter(trained).grad is not None
+    assert packed == []
+
+
+@torch.no_grad()
+def test_hooks_and_a_norm_in_training_keep_the_steps_apart(packed: list[torch.Size]) -> None:
+    heard: list[str] = []
+    source = make_source()
+    module, x = ConvBnAct(source).eval(), torch.randn(2, 16, 9, 7)
+    handle = source.conv.register_forward_hook(lambda *_: heard.append("conv"))
+    module(x)
+    handle.remove()
+    source.bn.train()
+    before = source.bn.running_mean.clone()
+    module(x)
+    assert heard == ["conv"]
+    assert packed == []
+    assert not torch.equal(source.bn.running_mean, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vitzoo.attention import layers
@@ -92,14 +93,41 @@ def test_add_mlp_takes_large_maps_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
 def test_add_mlp_shows_whole_maps_to_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "_LARGE_HIDDEN_BYTES", 0)
     monkeypatch.setattr(layers, "_HIDDEN_BYTES", 1)
-    for listened in (0, 1, 2):
+    for listened in (0, 1, 2, 3):
         steps = make_half_block()
+        heard = steps[1].fc2 if listened == 3 else steps[listened]
         seen: list[torch.Size] = []
 
         def note(module: nn.Module, args: object, out: Tensor, to: list = seen) -> None:
             to.append(out.shape)
 
-        steps[listened].register_forward_hook(note)
+        heard.register_forward_hook(note)
         with torch.no_grad():
             add_mlp(torch.randn(2, 3, 4, 8), *steps)
         assert seen == [(2, 3, 4, 8)]
+
+
+@pytest.mark.parametrize("trained", ["norm", "mlp"])
+def test_add_mlp_keeps_whole_what_is_trained(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_LARGE_HIDDEN_BYTES", 0)
+    monkeypatch.setattr(layers, "_HIDDEN_BYTES", 1)
+    norm, mlp, drop = make_half_block()
+    module = norm if trained == "norm" else mlp
+    for parameter in (*norm.parameters(), *mlp.parameters()):
+        parameter.requires_grad_(False)
+    weight = next(module.parameters()).requires_grad_()
+    add_mlp(torch.randn(2, 3, 4, 8), norm, mlp, drop).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.any()
+
+
+@torch.no_grad()
+def test_add_mlp_drops_whole_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stochastic depth draws once an image, also where it alone is in training mode."""
+    monkeypatch.setattr(layers, "_LARGE_HIDDEN_BYTES", 0)
+    monkeypatch.setattr(layers, "_HIDDEN_BYTES", 1)
+    norm, mlp, _ = make_half_block()
+    x = torch.randn(8, 3, 4, 8)
+    changed = (add_mlp(x, norm, mlp, DropPath(0.5).train()) != x).any(-1).flatten(1)
+    assert torch.equal(changed.all(1), changed.any(1))
+    assert 0 < changed.all(1).sum() < 8

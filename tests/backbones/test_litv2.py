@@ -45,7 +45,7 @@ def test_the_mlp_activates_after_its_convolution_with_the_exact_gelu() -> None:
 
 
 def test_large_maps_go_in_groups_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    mlp, norm, x = ConvMlp(8, 32).eval(), nn.LayerNorm(8), torch.randn(5, 6, 6, 8)
+    mlp, norm, x = ConvMlp(8, 32).eval(), nn.LayerNorm(8).eval(), torch.randn(5, 6, 6, 8)
     whole = x + mlp(norm(x))
     sizes: list[int] = []
     run = litv2.depthwise_gelu

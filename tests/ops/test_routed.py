@@ -68,6 +68,17 @@ def test_products_are_the_definition(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_products_take_numbers_in_another_order() -> None:
+    qkv, regions = make_inputs((12, 9), (3, 3), 2)
+    turned = regions.transpose(1, 2).contiguous().transpose(1, 2)
+    with torch.no_grad():
+        found, expected = (
+            routed_attention(**qkv, regions=given, region_grid=(3, 3), backend="products")
+            for given in (turned, regions)
+        )
+    assert torch.equal(found, expected)
+
+
 def test_products_take_pooled_keys_and_refuse_gradients() -> None:
     qkv, regions = make_inputs((14, 21), (7, 7), 3, kv_size=(7, 14))
     given = {"regions": regions, "region_grid": (7, 7)}

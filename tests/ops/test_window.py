@@ -67,12 +67,13 @@ def test_products_are_the_definition(
 
 def test_what_products_refuse() -> None:
     q, bias = torch.randn(1, 8, 8, 1, 4), torch.zeros(16, 16)
-    for options, sentence in (
-        ({"bias": bias}, "no bias"),
-        ({"shift": 1}, "need a mask"),
-        ({}, "no backward"),
+    learned = torch.zeros(1, 4, requires_grad=True)
+    for given, options, sentence in (
+        (q, {"bias": bias}, "no bias"),
+        (q, {"shift": 1}, "need a mask"),
+        (q.clone().requires_grad_(), {}, "no backward"),
+        (q, {"shift": 1, "fill": (learned, learned)}, "no backward"),
     ):
-        given = q.requires_grad_(not options)
         with pytest.raises(ValueError, match=sentence):
             window_attention(given, q, q, window_size=4, backend="products", **options)
 
@@ -85,7 +86,9 @@ def test_products_are_for_short_windows(window_size: int, taken: str) -> None:
 
 
 @torch.no_grad()
-def test_products_propagate_nan_and_take_empty_batches() -> None:
+def test_products_propagate_nan_and_take_empty_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One window after the other: what the scores of the first leave behind must not be read.
+    monkeypatch.setattr(_products, "_PIECE_BYTES", 1)
     q = torch.randn(2, 8, 8, 1, 4)
     q[0, 0, 0] = float("nan")
     out = window_attention(q, q, q, window_size=4, backend="products")

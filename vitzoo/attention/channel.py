@@ -49,27 +49,27 @@ class ChannelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         axis_scale: AxisScale = "head_dim" if self.mixes == "query" else "tokens"
-        tokens = x.flatten(1, 2)
-        if self._folds(tokens):
+        if self._folds(x):
+            weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
             out = folded_channel_attention(
-                tokens,
-                self._in_order(*zip(*(t.chunk(3) for t in self.qkv.parameters()), strict=True)),
+                x.flatten(1, 2),
+                self._in_order(*zip(weights, biases, strict=True)),
                 self.proj.weight,
                 self.proj.bias,
                 heads=self.num_heads,
                 axis_scale=axis_scale,
             )
             return out.view(x.shape)
-        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        out = channel_attention(*self._in_order(*qkv), axis_scale=axis_scale)
+        qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))
+        out = channel_attention(*self._in_order(*qkv.unbind(2)), axis_scale=axis_scale)
         return self.proj(out.flatten(-2)).view(x.shape)
 
-    def _folds(self, tokens: Tensor) -> bool:
-        if not (untouched(self.qkv) and untouched(self.proj)) or self.qkv.bias is None:
+    def _folds(self, x: Tensor) -> bool:
+        qkv, proj = self.qkv, self.proj
+        if not (untouched(qkv) and untouched(proj)) or qkv.bias is None or proj.bias is None:
             return False
-        return channel_attention_folds(
-            tokens, self.num_heads, *self.qkv.parameters(), *self.proj.parameters()
-        )
+        parameters = (qkv.weight, qkv.bias, proj.weight, proj.bias)
+        return channel_attention_folds(x, self.num_heads, *parameters)
 
     def _in_order(self, q: T, k: T, v: T) -> tuple[T, T, T]:
         """What makes the channel map, twice, and what it mixes."""

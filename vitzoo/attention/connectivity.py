@@ -203,7 +203,7 @@ class ConnectivityPredictor(nn.Module):
         coefficients = logits.softmax(dim=-1)
         if not signed:
             coefficients = self._sparse_coefficients(coefficients, tied=live is not None)
-        # Head by head: one product of all rows with 32 columns takes twice as long on the CPU.
+        # Head by head: one product of so many short rows takes twice as long on the CPU.
         score = coefficients @ basis.expand(*coefficients.shape[:2], -1, -1)
         mask = self._connect(score.detach(), budget, live)
         return Connectivity(basis, coefficients[:, :, 1:], score[:, :, 1:], mask)

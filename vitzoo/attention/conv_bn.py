@@ -59,7 +59,7 @@ class ResidualConvBn(nn.Module):
 
     def forward(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         """Branch (B, C, H, W) and shortcut (B, C', H', W'), if there is one -> its shape."""
-        if not _fusible(self, x):
+        if not _fusible(self, x, shortcut):
             x = self.drop_path(self.bn(self.conv(x)))
             return self.act(x if shortcut is None else x + shortcut)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -97,12 +97,17 @@ def fuse_conv_bn(module: nn.Module) -> None:
             fuse_conv_bn(child)
 
 
-def _fusible(module: ConvBnAct | ResidualConvBn, x: Tensor) -> bool:
+def _fusible(module: ConvBnAct | ResidualConvBn, x: Tensor, shortcut: Tensor | None = None) -> bool:
     """Whether one oneDNN call may stand for the module's steps."""
     conv, bn = module.conv, module.bn
-    if module.training or type(bn) is not BatchNormAct2d:
+    if module.training or bn.training:
         return False
-    if records_gradient(x, conv.weight) or why_not_onednn(x, conv.weight) is not None:
+    if type(conv) is not nn.Conv2d or type(bn) is not BatchNormAct2d:
+        return False
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (conv, bn, bn.act)):
+        return False
+    tensors = (x, shortcut, *conv.parameters(), *bn.parameters())
+    if records_gradient(*tensors) or why_not_onednn(*tensors) is not None:
         return False
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
@@ -111,9 +116,11 @@ def _fusible(module: ConvBnAct | ResidualConvBn, x: Tensor) -> bool:
 
 
 def _fold(conv: nn.Conv2d, bn: BatchNormAct2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Kernel, in oneDNN's order for x, and bias of the convolution followed by the norm."""
+    """Kernel and bias of the convolution followed by the norm; the kernel is kept packed."""
     sources = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    given = [t for t in sources if t is not None]
 
+    @torch.no_grad()
     def fold() -> tuple[Tensor, Tensor]:
         scale = torch.rsqrt(bn.running_var + bn.eps)
         if bn.weight is not None:
@@ -123,12 +130,19 @@ def _fold(conv: nn.Conv2d, bn: BatchNormAct2d, x: Tensor) -> tuple[Tensor, Tenso
             bias = bias + bn.bias
         if conv.bias is not None:
             bias = bias + conv.bias * scale
-        return _pack(conv, conv.weight * scale[:, None, None, None], x), bias
+        return conv.weight * scale[:, None, None, None], bias
 
-    return _folded.get([t for t in sources if t is not None], fold)
+    def fold_and_pack() -> tuple[Tensor, Tensor]:
+        weight, bias = fold()
+        return _pack(conv, weight, x), bias
+
+    if any(t.is_inference() for t in given):
+        return fold()
+    return _folded.get(given, fold_and_pack, setting=bn.eps)
 
 
 def _pack(conv: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
+    """The kernel in oneDNN's order for maps like x; it serves other sizes too."""
     padding, stride, dilation = (list(pair) for pair in (conv.padding, conv.stride, conv.dilation))
     return torch.ops.aten.mkldnn_reorder_conv2d_weight(
         weight.to_mkldnn(), padding, stride, dilation, conv.groups, list(x.shape)

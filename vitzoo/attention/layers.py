@@ -70,7 +70,8 @@ def add_mlp(x: Tensor, norm: nn.Module, mlp: Any, *branch: nn.Module) -> Tensor:
 
     In inference on the CPU a large map goes in parts whose hidden values stay in the cache, if the
     MLP's class says so: `mixes_tokens` is False where tokens pass it one by one, True where it
-    needs whole images, and `hidden_dim` is its inner width.
+    needs whole images, and `hidden_dim` is its inner width. In eval mode norm and branch must treat
+    each token alone.
 
     Args:
         x: (B, ..., C).
@@ -97,16 +98,20 @@ def _in_turn(steps: Sequence[nn.Module], x: Tensor) -> Tensor:
 def _items_at_a_time(x: Tensor, mlp: Any, steps: Sequence[nn.Module]) -> int | None:
     """How many tokens or images, or None for all: a small map, gradients, somebody who listens."""
     # torch.fx traces with something that is no tensor. A subclass may compute something else.
-    if type(x) is not Tensor or "mixes_tokens" not in vars(type(mlp)) or symbolic(*x.shape):
+    if type(x) is not Tensor or "mixes_tokens" not in vars(type(mlp)):
+        return None
+    # Compilers first: they would remember the question for a map's size.
+    if why_not_apart(x) is not None or symbolic(*x.shape):
         return None
     row_bytes = mlp.hidden_dim * x.element_size()
     rows = x.numel() // max(1, x.shape[-1])
-    if mlp.training or rows * row_bytes < _LARGE_HIDDEN_BYTES:
+    if rows * row_bytes < _LARGE_HIDDEN_BYTES:
         return None
-    weights = list(mlp.parameters())
-    if records_gradient(x, *weights) or why_not_apart(x, *weights) is not None:
+    parts = [part for step in steps for part in step.modules()]
+    if any(p.training or p._forward_hooks or p._forward_pre_hooks for p in parts):
         return None
-    if any(part._forward_hooks or part._forward_pre_hooks for m in steps for part in m.modules()):
+    weights = [weight for step in steps for weight in step.parameters()]
+    if records_gradient(x, *weights) or why_not_apart(*weights) is not None:
         return None
     item_bytes = row_bytes * rows // len(x) if mlp.mixes_tokens else row_bytes
     return max(1, _HIDDEN_BYTES // item_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -27,11 +27,17 @@ class Derived(Generic[Value]):
         # first source -> (state, probes, value)
         self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def get(self, sources: Sequence[Tensor], make: Callable[[], Value]) -> Value:
-        """The value that `make` computed from `sources`, made again if one may have changed."""
-        if any(t.is_inference() for t in sources):
-            return make()  # without a version counter
-        state = [(t._version, t.data_ptr(), t.shape) for t in sources]
+    def get(
+        self, sources: Sequence[Tensor], make: Callable[[], Value], setting: Hashable = None
+    ) -> Value:
+        """The value that `make` computed, made again if a source or the setting may have changed.
+
+        Args:
+            sources: what `make` reads, no inference tensors: they have no version.
+            make: computes the value.
+            setting: what else it reads.
+        """
+        state = (setting, [(t._version, t.data_ptr(), t.shape) for t in sources])
         probes = [_probe(t) for t in sources]
         known = self._known.get(sources[0])
         if known is None or known[0] != state or not all(map(torch.equal, known[1], probes)):
@@ -45,5 +51,7 @@ class Derived(Generic[Value]):
 
 
 def _probe(t: Tensor) -> Tensor:
-    flat = t.detach().reshape(-1)
+    # In the order of memory, so that nothing is copied.
+    axes = sorted(range(t.dim()), key=t.stride, reverse=True)
+    flat = t.detach().permute(axes).reshape(-1)
     return flat if flat.numel() <= _SMALL else flat[:: flat.numel() // _SAMPLES + 1]

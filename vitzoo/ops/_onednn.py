@@ -1,4 +1,4 @@
-"""When a float32 step on the CPU may be handed to oneDNN as one call."""
+"""When a step on the CPU may be computed in another way: by oneDNN, in parts, put together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def why_not_apart(*tensors: Tensor | None) -> str | None:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "A traced graph keeps torch's own operators."
     if any(t.device.type != "cpu" for t in given):
-        return "oneDNN serves the CPU only."
+        return "This is for the CPU only."
     if any(type(t) not in (Tensor, nn.Parameter) for t in given):
         return "It takes plain tensors, no subclasses."
     if _get_current_dispatch_mode() is not None:

@@ -19,12 +19,12 @@ _PIECE_BYTES = 2 << 20
 _MANY_QUERIES = 200
 
 
-def why_not_products(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def why_not_products(*tensors: Tensor) -> str | None:
     """Why an attention on these tensors must not be taken apart into products, or None."""
-    if records_gradient(q, k, v):
+    if records_gradient(*tensors):
         return "They have no backward pass."
     # The same steps stay torch's own that must not become a call into oneDNN.
-    if why_not_onednn(q, k, v) is not None:
+    if why_not_onednn(*tensors) is not None:
         return "They are for plain float32 tensors in eager mode on the CPU."
     return None
 
@@ -100,7 +100,6 @@ def _attend_images(
 ) -> None:
     """Write to `out` the attention of a few images, as many cells at a time as `buffer` holds."""
     B, H, W, heads, _ = q.shape
-    rows, cols = grid
     queries, keys, values = (_heads_first(x, grid) for x in (q, k, v))
     numbers = None if chosen is None else _numbers_of_heads(chosen, heads)
     results = values.new_empty(*queries.shape[:2], values.shape[-1])
@@ -135,7 +134,7 @@ def _numbers_of_heads(chosen: Tensor, heads: int) -> Tensor:
     B, cells, count = chosen.shape
     first = torch.arange(B, device=chosen.device)[:, None, None] * cells
     of_heads = torch.arange(heads, device=chosen.device)[:, None]
-    return ((chosen + first)[:, :, None] * heads + of_heads).view(-1, count)
+    return ((chosen + first)[:, :, None] * heads + of_heads).reshape(-1, count)
 
 
 def _pick(x: Tensor, numbers: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitzoo.ops._dispatch import Backend, Operator, replaceable
+from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._folding import may_fold
 from vitzoo.ops._half import widen_where_slow
-from vitzoo.ops._onednn import records_gradient, why_not_onednn
 
 AxisScale = Literal["head_dim", "tokens"]
 
@@ -96,16 +96,15 @@ def channel_attention(
     return CHANNEL_ATTENTION(q, k, v, axis_scale=axis_scale, scale=scale, backend=backend)
 
 
-def channel_attention_folds(x: Tensor, heads: int, *parameters: Tensor | None) -> bool:
-    """Whether `folded_channel_attention` may stand for the layer on x (B, N, C), and costs less."""
-    tokens, width = x.shape[1:]
-    plain = tokens * (4 * width + 2 * width // heads)
-    folded = 2 * width * (tokens + width + width // heads)
-    # The plain form's products are larger, and run faster: it has to be a clear gain.
-    if 4 * folded > 3 * plain or records_gradient(x, *parameters):
+def channel_attention_folds(x: Tensor, heads: int, *parameters: Tensor) -> bool:
+    """Whether `folded_channel_attention` may stand for the layer on x (B, H, W, C), and pays."""
+    if not may_fold(("channel_attention",), x, *parameters):
         return False
-    # Counters, tracers and other dtypes keep the layers apart, as for oneDNN.
-    return why_not_onednn(x, *parameters) is None and replaceable("channel_attention")
+    tokens, width = x.shape[1] * x.shape[2], x.shape[3]
+    plain = tokens * (4 * width + 2 * width // heads)
+    folded = 2 * (tokens * width + width * width + width * width // heads)
+    # Products of few rows run slower: it has to be a clear gain.
+    return 4 * folded <= 3 * plain
 
 
 def folded_channel_attention(

@@ -43,7 +43,9 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
 
 
 def _pack(weight: Tensor) -> Tensor:
-    """The weight in oneDNN's own order."""
+    """The weight in oneDNN's own order, if it can be kept."""
+    if weight.is_inference():
+        return weight
     return _packed.get(
         (weight,), lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     )

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vitzoo.ops._dispatch import Backend, Operator, replaceable
-from vitzoo.ops._onednn import records_gradient, why_not_onednn
+from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._folding import may_fold
 
 
 def lookup_similarity(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
@@ -92,14 +92,13 @@ def folds(tokens: int, compressed: int, heads: int, *tensors: Tensor) -> bool:
         heads: of the attention.
         tensors: input and parameters; the last axis of the first is the width.
     """
+    if not may_fold(("lookup_gather", "lookup_infuse"), *tensors):
+        return False
     width = tensors[0].shape[-1]
     plain = tokens * width + compressed * tokens
     folded = compressed * width + heads * compressed * tokens
     # Products of few rows run slower: it has to be a clear gain.
-    if 4 * folded > 3 * plain or records_gradient(*tensors):
-        return False
-    # Counters, tracers and other dtypes keep the layers apart, as for oneDNN.
-    return why_not_onednn(*tensors) is None and replaceable("lookup_gather", "lookup_infuse")
+    return 4 * folded <= 3 * plain
 
 
 def folded_similarity(

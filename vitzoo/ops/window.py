@@ -169,8 +169,9 @@ def window_attention_products(
 def _partial_windows_need_a_mask(
     q: Tensor, window_size: int, shift: int, fill: Fill | None
 ) -> bool:
-    partial = shift or q.shape[1] % window_size or q.shape[2] % window_size
-    return fill is None and bool(partial)
+    if fill is not None:
+        return False
+    return bool(shift or q.shape[1] % window_size or q.shape[2] % window_size)
 
 
 def _products_why_not(
@@ -184,11 +185,14 @@ def _products_why_not(
     fill: Fill | None = None,
     **_: Any,
 ) -> str | None:
+    reason = why_not_products(q, k, v, *(fill or ()))
+    if reason is not None:
+        return reason
     if bias is not None:
         return "The products take no bias."
     if _partial_windows_need_a_mask(q, window_size, shift, fill):
         return "Partial windows without a fill need a mask, which the products do not take."
-    return why_not_products(q, k, v)
+    return None
 
 
 def _products_auto_skip(q: Tensor, *_: Any, window_size: int, **__: Any) -> str | None:
