@@ -78,7 +78,7 @@ def attend_cells(
     if chosen is not None:
         seen *= chosen.shape[2]
     per_cell = q.shape[3] * seen * (tokens + k.shape[-1] + v.shape[-1]) * q.element_size()
-    budget = max(1, _PIECE_BYTES * torch.get_num_threads() // per_cell)
+    budget = max(1, _PIECE_BYTES * torch.get_num_threads() // max(1, per_cell))
     images = max(1, min(len(q), budget // (rows * cols)))
     buffer = q.new_empty(min(budget, images * rows * cols) * q.shape[3], tokens, seen)
     for start in range(0, len(q), images):
