@@ -63,7 +63,7 @@ test-mmseg: .mmseg-done
 # natten is built where it is installed, without kernels if there is no CUDA compiler.
 .natten-done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-natten
-	.venv-natten/bin/python -m pip install --quiet --upgrade pip setuptools wheel
+	.venv-natten/bin/python -m pip install --quiet --upgrade pip setuptools wheel hatchling editables
 	.venv-natten/bin/python -m pip install --quiet -c constraints.txt -e . pytest
 	.venv-natten/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[natten]"
 	touch $@
