@@ -62,9 +62,9 @@ def test_auto_takes_neither() -> None:
 def test_limits_of_xformers() -> None:
     from vitzoo.ops import grouped, window
 
-    assert "bias" in str(window._why_not_xformers(Q, Q, Q, window_size=3, bias=torch.zeros(9, 9)))
-    assert "partial windows" in str(window._why_not_xformers(Q, Q, Q, window_size=4))
-    assert window._why_not_xformers(Q, Q, Q, window_size=4, fill=(Q[0, 0, 0],) * 2) is None
+    assert "bias" in str(window._why_not_plain(Q, Q, Q, window_size=3, bias=torch.zeros(9, 9)))
+    assert "partial windows" in str(window._why_not_plain(Q, Q, Q, window_size=4))
+    assert window._why_not_plain(Q, Q, Q, window_size=4, fill=(Q[0, 0, 0],) * 2) is None
     for size, sentence in ((4, "None"), (6, "frames smaller than a group")):
         found = grouped._why_not_xformers(LINE, LINE, LINE, group_size=size, frame_offsets=OFFSETS)
         assert sentence in str(found)

@@ -36,7 +36,7 @@ class ConvBnAct(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         if not _fusible(self, x):
             return self.bn(self.conv(x))
-        weight, bias = _fold(self.conv, self.bn, x)
+        weight, bias = _kernel(self.conv, self.bn, x)
         return _convolve(self.conv, x, weight, bias, _FUSED_NAME[type(self.bn.act)])
 
 
@@ -63,7 +63,7 @@ class ResidualConvBn(nn.Module):
             x = self.drop_path(self.bn(self.conv(x)))
             return self.act(x if shortcut is None else x + shortcut)
         x = x.contiguous(memory_format=torch.channels_last)
-        weight, bias = _fold(self.conv, self.bn, x)
+        weight, bias = _kernel(self.conv, self.bn, x)
         name = _FUSED_NAME[type(self.act)]
         if shortcut is None:
             return _convolve(self.conv, x, weight, bias, name)
@@ -115,30 +115,32 @@ def _fusible(module: ConvBnAct | ResidualConvBn, x: Tensor, shortcut: Tensor | N
     return all(type(act) in _FUSED_NAME for act in acts)
 
 
-def _fold(conv: nn.Conv2d, bn: BatchNormAct2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Kernel and bias of the convolution followed by the norm; the kernel is kept packed."""
+def _kernel(conv: nn.Conv2d, bn: BatchNormAct2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_fold` gives, the kernel packed, kept until a parameter or statistic changes."""
     sources = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
     given = [t for t in sources if t is not None]
-
-    @torch.no_grad()
-    def fold() -> tuple[Tensor, Tensor]:
-        scale = torch.rsqrt(bn.running_var + bn.eps)
-        if bn.weight is not None:
-            scale = scale * bn.weight
-        bias = -bn.running_mean * scale
-        if bn.bias is not None:
-            bias = bias + bn.bias
-        if conv.bias is not None:
-            bias = bias + conv.bias * scale
-        return conv.weight * scale[:, None, None, None], bias
+    if any(t.is_inference() for t in given):
+        return _fold(conv, bn)
 
     def fold_and_pack() -> tuple[Tensor, Tensor]:
-        weight, bias = fold()
+        weight, bias = _fold(conv, bn)
         return _pack(conv, weight, x), bias
 
-    if any(t.is_inference() for t in given):
-        return fold()
     return _folded.get(given, fold_and_pack, setting=bn.eps)
+
+
+@torch.no_grad()
+def _fold(conv: nn.Conv2d, bn: BatchNormAct2d) -> tuple[Tensor, Tensor]:
+    """Kernel and bias of the convolution followed by the norm of its running statistics."""
+    scale = torch.rsqrt(bn.running_var + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight
+    bias = -bn.running_mean * scale
+    if bn.bias is not None:
+        bias = bias + bn.bias
+    if conv.bias is not None:
+        bias = bias + conv.bias * scale
+    return conv.weight * scale[:, None, None, None], bias
 
 
 def _pack(conv: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class Derived(Generic[Value]):
 
 
 def _probe(t: Tensor) -> Tensor:
-    # In the order of memory, so that nothing is copied.
-    axes = sorted(range(t.dim()), key=t.stride, reverse=True)
-    flat = t.detach().permute(axes).reshape(-1)
-    return flat if flat.numel() <= _SMALL else flat[:: flat.numel() // _SAMPLES + 1]
+    t = t.detach()
+    if t.dim() > 1:
+        # In the order of memory, so that nothing is copied.
+        t = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True)).reshape(-1)
+    return t if t.numel() <= _SMALL else t[:: t.numel() // _SAMPLES + 1]

@@ -108,7 +108,7 @@ def _attend_images(
         if numbers is None:
             seen_keys, seen_values = keys[piece], values[piece]
         else:
-            seen_keys, seen_values = (_pick(x, numbers[piece]) for x in (keys, values))
+            seen_keys, seen_values = (pick(x, numbers[piece]) for x in (keys, values))
         scores = buffer[: len(seen_keys)]
         # With beta 0 what the buffer holds is not read.
         torch.baddbmm(
@@ -129,14 +129,19 @@ def _heads_first(x: Tensor, grid: Grid) -> Tensor:
     return x.reshape(B * rows * cols * heads, -1, d)
 
 
+def flat_numbers(chosen: Tensor) -> Tensor:
+    """Cells (B, cells, chosen), numbered in an image -> in the batch, (B * cells, chosen)."""
+    first = torch.arange(chosen.shape[0], device=chosen.device) * chosen.shape[1]
+    return (chosen + first[:, None, None]).flatten(0, 1)
+
+
 def _numbers_of_heads(chosen: Tensor, heads: int) -> Tensor:
-    """Cells (B, cells, chosen), numbered in an image -> rows (B * cells * heads, chosen)."""
-    B, cells, count = chosen.shape
-    first = torch.arange(B, device=chosen.device)[:, None, None] * cells
+    """The same of every head of the cells, heads first: (B * cells * heads, chosen)."""
     of_heads = torch.arange(heads, device=chosen.device)[:, None]
-    return ((chosen + first)[:, :, None] * heads + of_heads).reshape(-1, count)
+    return (flat_numbers(chosen)[:, None] * heads + of_heads).flatten(0, 1)
 
 
-def _pick(x: Tensor, numbers: Tensor) -> Tensor:
-    """Rows of x (rows, tokens, d) by numbers (n, chosen) -> (n, chosen * tokens, d)."""
-    return x.flatten(1).index_select(0, numbers.flatten()).view(len(numbers), -1, x.shape[-1])
+def pick(x: Tensor, numbers: Tensor) -> Tensor:
+    """Whole cells of x (cells, tokens, ...) by (n, chosen) -> (n, chosen * tokens, ...)."""
+    picked = x.flatten(1).index_select(0, numbers.flatten())
+    return picked.view(numbers.shape[0], -1, *x.shape[2:])

@@ -10,11 +10,17 @@ from torch import Tensor
 from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._kernels import triton_backend
 from vitzoo.ops._onednn import records_gradient
-from vitzoo.ops._products import attend_cells, attend_masked, products_lose, why_not_products
+from vitzoo.ops._products import (
+    Grid,
+    attend_cells,
+    attend_masked,
+    flat_numbers,
+    pick,
+    products_lose,
+    why_not_products,
+)
 from vitzoo.ops._sides import exporting, symbolic
 from vitzoo.ops.attention import attention_portable, attention_reference
-
-Grid = tuple[int, int]
 
 # Up to this many tokens, if a query sees at least this share of the regions, one attention over the
 # whole map under a mask is faster than picking.
@@ -139,18 +145,6 @@ def _masked(
     return out.unflatten(1, q.shape[1:3])
 
 
-def _flat_numbers(regions: Tensor) -> Tensor:
-    """Numbers of the chosen regions in the whole batch, (B * regions, chosen)."""
-    first = torch.arange(regions.shape[0], device=regions.device) * regions.shape[1]
-    return (regions + first[:, None, None]).flatten(0, 1)
-
-
-def _pick(x: Tensor, numbers: Tensor) -> Tensor:
-    """Whole regions of x (regions, tokens, heads, d) -> (n, chosen * tokens, heads, d)."""
-    picked = x.flatten(1).index_select(0, numbers.flatten())
-    return picked.view(numbers.shape[0], -1, *x.shape[2:])
-
-
 def _picked(
     q: Tensor,
     k: Tensor,
@@ -161,9 +155,9 @@ def _picked(
     weights: Tensor | None = None,
 ) -> Tensor:
     queries, keys, values = (split_regions(x, region_grid).flatten(0, 1) for x in (q, k, v))
-    numbers = _flat_numbers(regions)
+    numbers = flat_numbers(regions)
     tokens = keys.shape[1]
-    keys, values = _pick(keys, numbers), _pick(values, numbers)
+    keys, values = pick(keys, numbers), pick(values, numbers)
     if weights is not None:
         factor = weights.flatten(0, 1).repeat_interleave(tokens, dim=1)[..., None, None]
         keys, values = keys * factor, values * factor
@@ -188,8 +182,8 @@ class _Picked(torch.autograd.Function):
         ctx.region_grid, ctx.scale = region_grid, scale
         queries, keys, values = (split_regions(x, region_grid).flatten(0, 1) for x in (q, k, v))
         out = [
-            attention_portable(part, _pick(keys, numbers), _pick(values, numbers), scale=scale)
-            for part, numbers in _pieces(queries, _flat_numbers(regions), keys)
+            attention_portable(part, pick(keys, numbers), pick(values, numbers), scale=scale)
+            for part, numbers in _pieces(queries, flat_numbers(regions), keys)
         ]
         return join_regions(_joined(out), region_grid, *q.shape[1:3])
 
@@ -203,8 +197,8 @@ class _Picked(torch.autograd.Function):
         d_queries = []
         d_keys, d_values = keys.new_zeros(keys.shape), values.new_zeros(values.shape)
         at = 0
-        for part, numbers in _pieces(queries, _flat_numbers(regions), keys):
-            inputs = [part, _pick(keys, numbers), _pick(values, numbers)]
+        for part, numbers in _pieces(queries, flat_numbers(regions), keys):
+            inputs = [part, pick(keys, numbers), pick(values, numbers)]
             inputs = [x.detach().requires_grad_() for x in inputs]
             with torch.enable_grad():
                 out = attention_portable(*inputs, scale=ctx.scale)

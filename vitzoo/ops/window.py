@@ -166,15 +166,7 @@ def window_attention_products(
     return out if margins is None else crop(out, margins[0], H, margins[1], W)
 
 
-def _partial_windows_need_a_mask(
-    q: Tensor, window_size: int, shift: int, fill: Fill | None
-) -> bool:
-    if fill is not None:
-        return False
-    return bool(shift or q.shape[1] % window_size or q.shape[2] % window_size)
-
-
-def _products_why_not(
+def _why_not_plain(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -185,14 +177,20 @@ def _products_why_not(
     fill: Fill | None = None,
     **_: Any,
 ) -> str | None:
-    reason = why_not_products(q, k, v, *(fill or ()))
-    if reason is not None:
-        return reason
+    """Why a backend that takes neither a bias nor a mask cannot serve, or None."""
     if bias is not None:
-        return "The products take no bias."
-    if _partial_windows_need_a_mask(q, window_size, shift, fill):
-        return "Partial windows without a fill need a mask, which the products do not take."
+        return "it takes no bias."
+    if fill is None and (shift or q.shape[1] % window_size or q.shape[2] % window_size):
+        return "partial windows without a fill need a mask, which it does not take."
     return None
+
+
+def _products_why_not(
+    q: Tensor, k: Tensor, v: Tensor, *, fill: Fill | None = None, **options: Any
+) -> str | None:
+    # Compilers first: the other question branches on sides.
+    reason = why_not_products(q, k, v, *(fill or ()))
+    return reason or _why_not_plain(q, k, v, fill=fill, **options)
 
 
 def _products_auto_skip(q: Tensor, *_: Any, window_size: int, **__: Any) -> str | None:
@@ -200,29 +198,11 @@ def _products_auto_skip(q: Tensor, *_: Any, window_size: int, **__: Any) -> str 
     return products_lose(q, (pieces(H, window_size), pieces(W, window_size)))
 
 
-def _why_not_xformers(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window_size: int,
-    shift: int = 0,
-    bias: Tensor | None = None,
-    fill: Fill | None = None,
-    **_: Any,
-) -> str | None:
-    if bias is not None:
-        return "xformers is asked without a bias only."
-    if _partial_windows_need_a_mask(q, window_size, shift, fill):
-        return "partial windows without a fill need a mask, and xformers is asked without."
-    return None
-
-
 WINDOW_ATTENTION = Operator(
     "window_attention",
     [
         triton_backend("window_attention", one_map=True),
-        xformers_backend(window_attention_portable, _why_not_xformers),
+        xformers_backend(window_attention_portable, _why_not_plain),
         Backend(
             "products",
             window_attention_products,
