@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -15,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitzoo.attention.layers import Linear, Mlp
 from vitzoo.ops import OPERATORS, linear, linear_choices, linear_gelu, set_linear_choices
 from vitzoo.ops import use_backend as forced
+from vitzoo.ops._derived import kept_views
 
+linear_module = import_module("vitzoo.ops.linear")  # The function has its name.
 BIG = (256, 160, 128)  # rows, in, out: enough work for `auto` to consider oneDNN
 
 
@@ -230,3 +235,38 @@ def test_nan_and_empty_inputs() -> None:
         assert found[2].isnan().all()
         assert found[[0, 1, 3, 4]].isfinite().all()
         assert linear(x[:0], weight, bias).shape == (0, 40)
+
+
+def test_inference_takes_onednn_where_the_blas_leaves_half_of_the_vectors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear_module, "_CLEAR_WIN", float("inf"))
+    for narrow, inference in ((True, "onednn"), (False, "reference")):
+        monkeypatch.setattr(linear_module, "_blas_is_narrow", lambda narrow=narrow: narrow)
+        set_linear_choices(None)
+        found = linear_choices()
+        assert {v for k, v in found.items() if k.startswith("inference")} == {inference}
+        assert {v for k, v in found.items() if k.startswith("training")} == {"reference"}
+
+
+def test_views_of_a_weight_are_packed_once() -> None:
+    rows, width, out = BIG
+    weight, x = nn.Parameter(torch.randn(2 * out, width)), torch.randn(rows, width)
+
+    def halves(w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return w[:out], w[out:]
+
+    with torch.inference_mode():
+        views = kept_views(halves, (weight,))
+        assert all(a is b for a, b in zip(views, kept_views(halves, (weight,)), strict=True))
+        found = torch.cat([linear(x, view) for view in views], -1)
+        torch.testing.assert_close(found, F.linear(x, weight), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        weight.mul_(2)
+        found = torch.cat([linear(x, view) for view in kept_views(halves, (weight,))], -1)
+        torch.testing.assert_close(found, F.linear(x, weight), rtol=1e-5, atol=1e-5)
+    assert all(view.requires_grad for view in kept_views(halves, (weight,)))
+    gone = weakref.ref(weight)
+    del weight
+    gc.collect()
+    assert gone() is None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitzoo.attention.layers import Linear, pad_to_multiple
 from vitzoo.ops import halo_attention, linear
+from vitzoo.ops._derived import kept_views
 
 
 class RelativeTables(nn.Module):
@@ -161,7 +162,8 @@ class MaskedHaloAttention(nn.Module):
         H, W = x.shape[1:3]
         x = pad_to_multiple(x, self.block_size)
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
-        kv = linear(x, self.kv.weight.flatten(1), None).unflatten(-1, (self.num_heads, 2, -1))
+        (kv_weight,) = kept_views(lambda weight: (weight.flatten(1),), (self.kv.weight,))
+        kv = linear(x, kv_weight, None).unflatten(-1, (self.num_heads, 2, -1))
         out = halo_attention(
             q,
             kv[..., 0, :],

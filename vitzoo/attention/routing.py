@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitzoo.attention.choices import make_choice
 from vitzoo.attention.layers import Linear, add_conv, conv_channels_last, untouched
 from vitzoo.ops import attention, linear, routed_attention
+from vitzoo.ops._derived import kept_views
 from vitzoo.ops._onednn import records_gradient, why_not_onednn
 from vitzoo.ops._sides import crop, larger, pieces, smaller, symbolic
 
@@ -124,12 +125,21 @@ class BiLevelRoutingAttention(nn.Module):
 
         The convolution would copy a part of a joint projection.
         """
-        split = 2 * self.qk_dim
-        weight, bias = self.qkv.weight, self.qkv.bias
+        weight = self.qkv.weight
         apart = untouched(self.qkv) and not records_gradient(x, weight)
         if not apart or why_not_onednn(x, weight) is not None:
-            return self.qkv(x).split((split, x.shape[-1]), dim=-1)
-        return linear(x, weight[:split], bias[:split]), linear(x, weight[split:], bias[split:])
+            return self.qkv(x).split((2 * self.qk_dim, x.shape[-1]), dim=-1)
+        qk, v, qk_bias, v_bias = self._parts()
+        return linear(x, qk, qk_bias), linear(x, v, v_bias)
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        """The projection's weight for q and k, for v, and the two biases."""
+        split = 2 * self.qk_dim
+        return kept_views(
+            lambda weight, bias: (weight[:split], weight[split:], bias[:split], bias[split:]),
+            (self.qkv.weight, self.qkv.bias),
+            split,
+        )
 
     def route(self, x: Tensor, region: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Numbers (B, regions, top_k) of the chosen regions, and their weights in soft routing.
@@ -141,7 +151,8 @@ class BiLevelRoutingAttention(nn.Module):
         with torch.set_grad_enabled(self.diff_routing and torch.is_grad_enabled()):
             # The mean of a projection is the projection of the mean, at a fraction of the reading.
             means = _region_means(x, region).flatten(1, 2)
-            qk = linear(means, self.qkv.weight[: 2 * self.qk_dim], self.qkv.bias[: 2 * self.qk_dim])
+            weight, _, bias, _ = self._parts()
+            qk = linear(means, weight, bias)
             q, k = qk.chunk(2, dim=-1)
             if self.router is not None:
                 q, k = self.router(q), self.router(k)

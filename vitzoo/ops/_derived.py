@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from vitzoo.ops._onednn import records_gradient, why_not_apart
+
 Value = TypeVar("Value")
 
 # Numbers of a large tensor that are compared; a small one is compared whole.
@@ -48,6 +50,23 @@ class Derived(Generic[Value]):
     def drop(self, source: Tensor) -> None:
         """Forget what was computed from `source` and others after it."""
         self._known.pop(source, None)
+
+
+_views: Derived[tuple[Tensor, ...]] = Derived()
+
+
+def kept_views(
+    make: Callable[..., tuple[Tensor, ...]], sources: Sequence[Tensor], setting: Hashable = None
+) -> tuple[Tensor, ...]:
+    """`make(*sources)`, views of weights; in inference on a CPU the same objects every time.
+
+    What is computed from such a view, as a packed weight, is found again by the object.
+    """
+    apart = records_gradient(*sources) or why_not_apart(*sources) is not None
+    if apart or any(t.is_inference() for t in sources):
+        return make(*sources)
+    # Views of the weights themselves would keep those, and with them this entry, alive.
+    return _views.get(sources, lambda: make(*(t.data for t in sources)), setting)
 
 
 def _probe(t: Tensor) -> Tensor:

@@ -50,10 +50,10 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -
     B, N, heads, _ = q.shape
     out = v.new_empty(B, N, heads, v.shape[-1])
     scores = q.new_empty(heads, N, k.shape[1])
-    q = q * scale
     for image in range(B):
-        torch.bmm(q[image].transpose(0, 1), k[image].permute(1, 2, 0), out=scores)
-        torch.softmax(scores.add_(mask[image]), -1, out=scores)
+        queries, keys = q[image].transpose(0, 1), k[image].permute(1, 2, 0)
+        torch.baddbmm(mask[image], queries, keys, alpha=scale, out=scores)
+        torch.softmax(scores, -1, out=scores)
         out[image].copy_(torch.bmm(scores, v[image].transpose(0, 1)).transpose(0, 1))
     return out
 

@@ -265,10 +265,7 @@ def _products_why_not(
 def _products_auto_skip(
     q: Tensor, k: Tensor, v: Tensor, regions: Tensor, *, region_grid: Grid, **_: Any
 ) -> str | None:
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if wide and _masking_pays(q, k, regions):
-        return "torch's fused kernel is as fast under a mask with AVX-512."
-    return products_lose(q, region_grid)
+    return None if _masking_pays(q, k, regions) else products_lose(q, region_grid)
 
 
 def _prefers_masking(
