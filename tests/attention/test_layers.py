@@ -9,7 +9,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vitzoo.attention import layers
-from vitzoo.attention.layers import Mlp, add_conv, add_mlp
+from vitzoo.attention.halo import MaskedHaloAttention
+from vitzoo.attention.layers import DepthwiseResidual, Mlp, add_conv, add_mlp
+from vitzoo.attention.routing import BiLevelRoutingAttention
 
 
 def test_an_mlp_with_and_without_gradients() -> None:
@@ -131,3 +133,51 @@ def test_add_mlp_drops_whole_images(monkeypatch: pytest.MonkeyPatch) -> None:
     changed = (add_mlp(x, norm, mlp, DropPath(0.5).train()) != x).any(-1).flatten(1)
     assert torch.equal(changed.all(1), changed.any(1))
     assert 0 < changed.all(1).sum() < 8
+
+
+def test_mlp_computes_what_is_put_on_its_parts() -> None:
+    torch.manual_seed(0)
+    mlp, x = Mlp(16, 32), torch.randn(3, 16)
+    mlp.act = nn.GELU(approximate="tanh")
+    expected = mlp.fc2(F.gelu(mlp.fc1(x), approximate="tanh"))
+    assert torch.equal(mlp(x), expected)
+    mlp.act = nn.GELU()
+    seen: list[str] = []
+    mlp.act.register_forward_pre_hook(lambda *_: seen.append("act"))
+    mlp.fc1.register_full_backward_hook(lambda *_: seen.append("fc1"))
+    mlp(x.requires_grad_()).sum().backward()
+    assert seen == ["act", "fc1"]
+
+
+@pytest.mark.parametrize(
+    ("block", "inner"),
+    [
+        (Mlp(16, 32), "fc1"),
+        (DepthwiseResidual(16), "proj"),
+        (MaskedHaloAttention(16, 2, block_size=4, halo_size=1), "kv"),
+        (BiLevelRoutingAttention(16, 2, n_win=2, top_k=2), "qkv"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else value,
+)
+def test_a_layer_whose_forward_was_replaced_is_called(block: nn.Module, inner: str) -> None:
+    # As accelerate does, which brings a weight to the device only then.
+    x = torch.randn(1, 8, 8, 16)
+    with torch.no_grad():
+        expected = block(x)
+        layer = block.get_submodule(inner)
+        own, weight, bias = layer.forward, layer.weight, layer.bias
+
+        def bring_weights(*given: Tensor) -> Tensor:
+            layer.weight, layer.bias = weight, bias
+            out = own(*given)
+            layer.weight, layer.bias = away
+            return out
+
+        away = [None if t is None else nn.Parameter(t.to("meta")) for t in (weight, bias)]
+        layer.weight, layer.bias = away
+        layer.forward = bring_weights
+        try:
+            torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
+        finally:
+            layer.weight, layer.bias = weight, bias
+            del layer.forward

@@ -96,6 +96,37 @@ def test_environment(
     assert OPERATORS["attention"].select(x, x, x).name == expected
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"VITZOO_BACKEND": "refrence"}, "no backend 'refrence'"),
+        ({"VITZOO_BACKEND_ATTENTION": "warp"}, "VITZOO_BACKEND_ATTENTION: no backend 'warp'"),
+        ({"VITZOO_BACKEND_WINDOWATTENTION": "reference"}, "WINDOWATTENTION: no such operator"),
+    ],
+)
+def test_environment_turns_down_unknown_names(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(_dispatch, "_environment", None)
+    x = torch.zeros(1, 2, 1, 2)
+    with pytest.raises(ValueError, match=message):
+        OPERATORS["attention"].select(x, x, x)
+
+
+def test_context_goes_ahead_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, 2, 1, 2)
+    for variable in ("VITZOO_BACKEND", "VITZOO_BACKEND_ATTENTION"):
+        monkeypatch.setenv(variable, "reference")
+        monkeypatch.setattr(_dispatch, "_environment", None)
+        for name in ("auto", "portable"):
+            with use_backend(name):
+                assert OPERATORS["attention"].select(x, x, x).name == "portable"
+        assert OPERATORS["attention"].select(x, x, x).name == "reference"
+        monkeypatch.delenv(variable)
+
+
 def test_public_function_takes_a_backend() -> None:
     x = torch.randn(1, 4, 2, 8)
     torch.testing.assert_close(

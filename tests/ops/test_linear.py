@@ -109,13 +109,32 @@ def new_data(layer: nn.Linear) -> None:
     layer.weight.data = layer.weight.data * 2
 
 
+def row_through_data(layer: nn.Linear) -> None:
+    layer.weight.data[layer.out_features // 3] = 0
+
+
+def column_through_numpy(layer: nn.Linear) -> None:
+    layer.weight.detach().numpy()[:, 5] = 9
+
+
 def optimiser(layer: nn.Linear) -> None:
     layer(torch.randn(300, layer.in_features)).square().sum().backward()
     torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step()
 
 
 @pytest.mark.parametrize(
-    "change", [in_place, through_data, load, assign, there_and_back, new_data, optimiser]
+    "change",
+    [
+        in_place,
+        through_data,
+        row_through_data,
+        column_through_numpy,
+        load,
+        assign,
+        there_and_back,
+        new_data,
+        optimiser,
+    ],
 )
 def test_packed_weights_are_never_stale(change: Callable[[nn.Linear], None]) -> None:
     rows, width, out = BIG
@@ -225,6 +244,22 @@ def test_choices_are_made_once_and_can_be_repeated() -> None:
         set_linear_choices({k: v for k, v in first.items() if k != "inference/wide"})
     with pytest.raises(ValueError, match="mkl"):
         set_linear_choices(dict.fromkeys(first, "mkl"))
+
+
+def test_choices_are_timed_under_any_default_dtype_and_device() -> None:
+    set_linear_choices(None)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert set(linear_choices().values()) <= {"onednn", "reference"}
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_shapes_that_do_not_fit_get_torchs_message() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.zeros(4096, 64), torch.zeros(512, 65))
 
 
 def test_nan_and_empty_inputs() -> None:

@@ -84,3 +84,11 @@ def test_impossible_counts_and_devices() -> None:
     reason = TOPK_MASK.why_not("numpy", scores(2, 5).to("meta"), 1)
     assert reason is not None
     assert "meta" in reason
+
+
+@pytest.mark.parametrize("backend", ["numpy", "portable", "reference"])
+def test_numbers_that_float32_does_not_tell_apart(backend: str) -> None:
+    scores = torch.tensor([[1.0, 1.0 + 1e-12, 0.5]], dtype=torch.float64)
+    assert topk_mask(scores, 1, backend=backend).tolist() == [[False, True, False]]
+    whole = torch.tensor([[2**24, 2**24 + 1, 3]])
+    assert topk_mask(whole, 1, backend=backend).tolist() == [[False, True, False]]

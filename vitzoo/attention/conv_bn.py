@@ -11,6 +11,7 @@ import torch
 from timm.layers import BatchNormAct2d, ConvNormAct, register_notrace_module
 from torch import Tensor, nn
 
+from vitzoo.attention.layers import listened_to
 from vitzoo.ops._derived import Derived
 from vitzoo.ops._onednn import records_gradient, why_not_onednn
 
@@ -104,7 +105,7 @@ def _fusible(module: ConvBnAct | ResidualConvBn, x: Tensor, shortcut: Tensor | N
         return False
     if type(conv) is not nn.Conv2d or type(bn) is not BatchNormAct2d:
         return False
-    if any(m._forward_hooks or m._forward_pre_hooks for m in (conv, bn, bn.act)):
+    if any(listened_to(m) for m in (conv, bn, bn.act)):
         return False
     tensors = (x, shortcut, *conv.parameters(), *bn.parameters())
     if records_gradient(*tensors) or why_not_onednn(*tensors) is not None:

@@ -8,7 +8,7 @@ import torch
 from timm.layers import make_divisible, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from vitzoo.attention.layers import Linear, pad_to_multiple
+from vitzoo.attention.layers import Linear, conv_channels_last, listened_to, pad_to_multiple
 from vitzoo.ops import halo_attention, linear
 from vitzoo.ops._derived import kept_views
 
@@ -162,8 +162,7 @@ class MaskedHaloAttention(nn.Module):
         H, W = x.shape[1:3]
         x = pad_to_multiple(x, self.block_size)
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
-        (kv_weight,) = kept_views(lambda weight: (weight.flatten(1),), (self.kv.weight,))
-        kv = linear(x, kv_weight, None).unflatten(-1, (self.num_heads, 2, -1))
+        kv = self._project(x).unflatten(-1, (self.num_heads, 2, -1))
         out = halo_attention(
             q,
             kv[..., 0, :],
@@ -174,3 +173,9 @@ class MaskedHaloAttention(nn.Module):
             border="mask",
         )
         return self.proj(out.flatten(-2)[:, :H, :W])
+
+    def _project(self, x: Tensor) -> Tensor:
+        if listened_to(self.kv):
+            return conv_channels_last(x, self.kv)
+        (weight,) = kept_views(lambda weight: (weight.flatten(1),), (self.kv.weight,))
+        return linear(x, weight, None)

@@ -31,12 +31,24 @@ class Linear(nn.Linear):
 register_notrace_module(Linear)
 
 
+def listened_to(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class says: hooks, or another `forward`."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    # accelerate, for one, moves weights to the device in a `forward` of the object.
+    return any(hooks) or "forward" in vars(module)
+
+
 def untouched(layer: nn.Module) -> bool:
     """Whether a step may read the parameters of a `Linear` instead of calling it.
 
     Not where somebody put another layer in its place, or listens.
     """
-    return type(layer) is Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    return type(layer) is Linear and not listened_to(layer)
 
 
 @register_notrace_module
@@ -60,7 +72,8 @@ class Mlp(nn.Module):
 
     def _hidden(self, x: Tensor) -> Tensor:
         fc1, act = self.fc1, self.act
-        if untouched(fc1) and type(act) is nn.GELU and not act._forward_hooks:
+        exact = type(act) is nn.GELU and act.approximate == "none" and not listened_to(act)
+        if exact and untouched(fc1):
             return linear_gelu(x, fc1.weight, fc1.bias)
         return act(fc1(x))
 
@@ -108,7 +121,7 @@ def _items_at_a_time(x: Tensor, mlp: Any, steps: Sequence[nn.Module]) -> int | N
     if rows * row_bytes < _LARGE_HIDDEN_BYTES:
         return None
     parts = [part for step in steps for part in step.modules()]
-    if any(p.training or p._forward_hooks or p._forward_pre_hooks for p in parts):
+    if any(p.training or listened_to(p) for p in parts):
         return None
     weights = [weight for step in steps for weight in step.parameters()]
     if records_gradient(x, *weights) or why_not_apart(*weights) is not None:
@@ -137,6 +150,8 @@ class DepthwiseResidual(nn.Module):
 
 def depthwise_residual(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """x + conv(x) for a stride-1 depthwise `conv` and x (B, H, W, C)."""
+    if listened_to(conv):
+        return x + conv_channels_last(x, conv)
     centre = conv.kernel_size[0] // 2
     identity = torch.zeros_like(conv.weight)
     identity[:, :, centre, centre] = 1
@@ -160,8 +175,8 @@ def add_conv(x: Tensor, conv: nn.Conv2d, other: Tensor) -> Tensor:
 
     In inference one oneDNN call, which reads `other` where it writes the sum.
     """
-    hooked = type(conv) is not nn.Conv2d or conv._forward_hooks or conv._forward_pre_hooks
-    unfit = hooked or records_gradient(x, other, conv.weight, conv.bias)
+    other_layer = type(conv) is not nn.Conv2d or listened_to(conv)
+    unfit = other_layer or records_gradient(x, other, conv.weight, conv.bias)
     if unfit or why_not_onednn(x, other, conv.weight) is not None:
         return other + conv_channels_last(x, conv)
     out = torch.ops.mkldnn._convolution_pointwise.binary(

@@ -151,8 +151,11 @@ class BiLevelRoutingAttention(nn.Module):
         with torch.set_grad_enabled(self.diff_routing and torch.is_grad_enabled()):
             # The mean of a projection is the projection of the mean, at a fraction of the reading.
             means = _region_means(x, region).flatten(1, 2)
-            weight, _, bias, _ = self._parts()
-            qk = linear(means, weight, bias)
+            if untouched(self.qkv):
+                weight, _, bias, _ = self._parts()
+                qk = linear(means, weight, bias)
+            else:
+                qk = self.qkv(means)[..., : 2 * self.qk_dim]
             q, k = qk.chunk(2, dim=-1)
             if self.router is not None:
                 q, k = self.router(q), self.router(k)

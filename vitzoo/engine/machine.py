@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def fix_linear(stored: dict[str, str] | None) -> dict[str, str]:
         set_linear_choices(stored)
         return stored
     path = cache_folder("linear.json")
-    key = f"torch {torch.__version__}, {_processor()}, {torch.get_num_threads()} threads"
+    versions = f"vitzoo {version('vitzoo')}, torch {torch.__version__}"
+    key = f"{versions}, {_processor()}, {torch.get_num_threads()} threads"
     known: dict[str, Any] = {}
     try:
         known = json.loads(path.read_text())

@@ -13,16 +13,17 @@ from vitzoo.ops._onednn import records_gradient, why_not_apart
 
 Value = TypeVar("Value")
 
-# Numbers of a large tensor that are compared; a small one is compared whole.
-_SAMPLES = 64
+# Of a larger tensor at most so many numbers are compared.
 _SMALL = 4096
+_MOST = 4096
 
 
 class Derived(Generic[Value]):
     """A cache of what was computed from tensors; it dies with the first of them.
 
     In-place updates raise a tensor's version, new storage has another address. Writes through
-    `.data` do neither: a sample of the numbers catches optimisers and averages that work that way.
+    `.data` or numpy do neither: a number of every row and column is compared, which catches
+    optimisers, averages and whole rows written that way, but not single numbers.
     """
 
     def __init__(self) -> None:
@@ -69,9 +70,13 @@ def kept_views(
     return _views.get(sources, lambda: make(*(t.data for t in sources)), setting)
 
 
-def _probe(t: Tensor) -> Tensor:
-    t = t.detach()
+def _probe(source: Tensor) -> Tensor:
+    t = source.detach()
     if t.dim() > 1:
         # In the order of memory, so that nothing is copied.
         t = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True)).reshape(-1)
-    return t if t.numel() <= _SMALL else t[:: t.numel() // _SAMPLES + 1]
+    if t.numel() <= _SMALL:
+        return t
+    # One less than the shorter side of a matrix: every row and, in turn, every column has a number.
+    longer = max(len(source), source.numel() // len(source))
+    return t[:: max(1, source.numel() // min(longer, _MOST) - 1)]

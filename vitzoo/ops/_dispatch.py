@@ -41,7 +41,8 @@ class Backend:
     """One implementation of an operator, with the operator's signature.
 
     Attributes:
-        name: `reference`, `portable`, `triton`, `natten`, `xformers`.
+        name: `reference`, `portable`, `triton`, `products`, `onednn`, `numpy`, or the package that
+            computes it (`natten`, `xformers`, `torchvision`).
         run: the implementation.
         why_not: a sentence that says why it cannot serve these arguments, or None.
         auto_skip: a sentence that says why `auto` should prefer another backend although this one
@@ -112,15 +113,13 @@ def forced_backend(operator: str) -> str:
     operators that have a backend of that name.
     """
     global _environment
-    if operator in _forced:
-        return _forced[operator]
     if _environment is None:
         _environment = _read_environment()
-    chosen = _environment.get(operator)
-    if chosen is not None:
-        return chosen
-    for name in (_forced.get("*"), _environment.get("*")):
-        if name is not None and name in OPERATORS[operator].backends:
+    for settings in (_forced, _environment):
+        if operator in settings:
+            return settings[operator]
+        name = settings.get("*")
+        if name is not None and (name == "auto" or name in OPERATORS[operator].backends):
             return name
     return "auto"
 
@@ -140,9 +139,22 @@ def _read_environment() -> dict[str, str]:
         for key, value in os.environ.items()
         if key.startswith(prefix) and value
     }
+    for operator, name in found.items():
+        if operator not in OPERATORS:
+            known = ", ".join(sorted(OPERATORS))
+            raise ValueError(f"{prefix}{operator.upper()}: no such operator; known: {known}")
+        _check_backend(name, [OPERATORS[operator]], f"{prefix}{operator.upper()}")
     if os.environ.get("VITZOO_BACKEND"):
         found["*"] = os.environ["VITZOO_BACKEND"]
+        _check_backend(found["*"], list(OPERATORS.values()), "VITZOO_BACKEND")
     return found
+
+
+def _check_backend(name: str, asked: Sequence[Operator], where: str) -> None:
+    """Raise ValueError unless one of the operators has such a backend, or it is `auto`."""
+    if name != "auto" and not any(name in op.backends for op in asked):
+        known = sorted({backend for op in asked for backend in op.backends})
+        raise ValueError(f"{where}: no backend {name!r} here; known: {', '.join(known)}")
 
 
 @contextmanager
@@ -159,9 +171,7 @@ def use_backend(name: str, *, operator: str | None = None) -> Iterator[None]:
     if operator is not None and operator not in OPERATORS:
         raise ValueError(f"unknown operator {operator!r}; known: {', '.join(sorted(OPERATORS))}")
     asked = [OPERATORS[operator]] if operator else list(OPERATORS.values())
-    if name != "auto" and not any(name in op.backends for op in asked):
-        known = sorted({backend for op in asked for backend in op.backends})
-        raise ValueError(f"no backend {name!r} here; known: {', '.join(known)}")
+    _check_backend(name, asked, "use_backend")
     key = operator or "*"
     before = _forced.get(key)
     _forced[key] = name

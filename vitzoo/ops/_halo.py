@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._half import widen_where_slow
+from vitzoo.ops._onednn import needs_derivatives, records_gradient
 from vitzoo.ops._sides import pieces
 
 Border = Literal["zero", "mask", "constant"]
@@ -263,9 +264,9 @@ def halo_attention_portable(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     missing = _missing(g.H, g.rows, g, border, q), _missing(g.W, g.columns, g, border, q)
     selector = None if axial_bias is None and missing == (None, None) else _selector(g.window, k)
-    needs_grad = any(t.requires_grad for t in (q, k, v, *(axial_bias or ()), *(fill or ())))
+    recorded = records_gradient(q, k, v, *(axial_bias or ()), *(fill or ()))
     blocks = _blocks(q, g)
-    if (needs_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    if recorded or torch.compiler.is_compiling() or needs_derivatives():
         # Gradients need all scores anyway, and a compiled batch may be symbolic: one chunk.
         windows = _window_pair(k, v, g, fill, in_place=False)
         queries = _augmented_queries(blocks, g, axial_bias, missing, rows=slice(None), scale=scale)

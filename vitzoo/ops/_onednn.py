@@ -20,6 +20,15 @@ def transformed() -> bool:
     )
 
 
+def needs_derivatives() -> bool:
+    """Whether every step must be an operator of torch, with all of its derivatives and batching.
+
+    A step of our own has a first derivative in reverse mode only, and torch would not say so: a
+    forward-mode tangent that it does not know counts as zero.
+    """
+    return not torch.compiler.is_compiling() and transformed()
+
+
 def why_not_apart(*tensors: Tensor | None) -> str | None:
     """Why a step on the CPU must not be taken apart or put together otherwise, or None."""
     given = [t for t in tensors if t is not None]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._half import slow_products, widened
-from vitzoo.ops._onednn import records_gradient
+from vitzoo.ops._onednn import needs_derivatives, records_gradient
 from vitzoo.ops._sides import exporting
 from vitzoo.ops.attention_weights import attention_weights_reference
 
@@ -41,7 +41,10 @@ def attention_portable(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention, written out where its backward on the CPU is slow."""
+    """torch's scaled_dot_product_attention; written out where its backward on the CPU is slow, and
+    for the derivatives that it lacks."""
+    if needs_derivatives():
+        return attention_reference(q, k, v, bias=bias, mask=mask, scale=scale)
     if (
         q.device.type == "cpu"
         and not torch.compiler.is_compiling()

@@ -79,6 +79,8 @@ def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     if x.numel() == 0 or weight.numel() == 0:
         return "There is nothing to multiply."
+    if x.shape[-1] != weight.shape[-1]:
+        return "The shapes do not fit, which torch says in plainer words."
     return why_not_onednn(x, weight, bias)
 
 
@@ -155,7 +157,9 @@ def _measure() -> dict[str, str]:
     found = {}
     for width, (rows, dim, out) in {"narrow": (4096, 96, 288), "wide": (768, 256, 512)}.items():
         # Constants: the random state is the user's.
-        x, weight, bias = torch.ones(rows, dim), torch.ones(out, dim), torch.ones(out)
+        # The user's default dtype and device may be others.
+        like = {"dtype": torch.float32, "device": "cpu"}
+        x, weight, bias = (torch.ones(*n, **like) for n in ((rows, dim), (out, dim), (out,)))
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         candidates: dict[str, Callable[[], Tensor]] = {
             "reference": lambda: F.linear(x, weight, bias),  # noqa: B023

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._kernels import triton_backend
-from vitzoo.ops._onednn import records_gradient
+from vitzoo.ops._onednn import needs_derivatives, records_gradient
 from vitzoo.ops._products import (
     Grid,
     attend_cells,
@@ -113,7 +113,7 @@ def routed_attention_portable(
         return _picked(q, k, v, regions, region_grid, scale, weights)
     if _masking_pays(q, k, regions):
         return _masked(q, k, v, regions, region_grid, scale)
-    if torch.compiler.is_compiling() or exporting():
+    if torch.compiler.is_compiling() or exporting() or needs_derivatives():
         # A compiler decides by itself what it computes again in backward.
         return _picked(q, k, v, regions, region_grid, scale)
     return _Picked.apply(q, k, v, regions, region_grid, scale)
@@ -191,6 +191,12 @@ class _Picked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, regions = ctx.saved_tensors
         grid = ctx.region_grid
+        if torch.is_grad_enabled():
+            # Somebody will differentiate the gradients.
+            out = _picked(q, k, v, regions, grid, ctx.scale)
+            wanted = [x for x in (q, k, v) if x.requires_grad]
+            found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
+            return (*(next(found) if x.requires_grad else None for x in (q, k, v)), *[None] * 3)
         queries, keys, values, grad = (
             split_regions(x, grid).flatten(0, 1) for x in (q, k, v, grads[0])
         )

@@ -32,7 +32,9 @@ def topk_mask_portable(scores: Tensor, k: int) -> Tensor:
 @torch.library.custom_op("vitzoo::topk_mask_numpy", mutates_args=())
 def topk_mask_numpy(scores: Tensor, k: int) -> Tensor:
     """The portable definition with numpy's partition, which is vectorised where torch's is not."""
-    rows = scores.detach().float().contiguous().view(-1, scores.shape[-1])
+    exact = scores.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    rows = scores.detach().to(torch.float32 if exact else torch.float64)
+    rows = rows.contiguous().view(-1, scores.shape[-1])
     mask = torch.empty(rows.shape, dtype=torch.bool)
     threads = torch.get_num_threads() if rows.numel() > _WORTH_THREADS else 1
     parts, outs = rows.chunk(threads), mask.chunk(threads)
@@ -66,7 +68,7 @@ def _mark_largest(scores: Tensor, out: Tensor, k: int) -> None:
 
     rows, mask = scores.numpy(), out.numpy()
     # Floats that are not negative order like their bits, and integers spare numpy looking for NaN.
-    bits = rows.view(np.int32)
+    bits = rows.view(np.int32 if rows.itemsize == 4 else np.int64)
     values = rows if bits.size and bits.min() < 0 else bits
     at = values.shape[1] - k
     kth = np.partition(values, at, axis=-1)[:, at, None]

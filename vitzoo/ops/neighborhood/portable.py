@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._half import widen_where_slow
+from vitzoo.ops._onednn import needs_derivatives
 from vitzoo.ops._sides import exporting
 from vitzoo.ops.neighborhood._tiles import Axis, Pair, axes, classes
 from vitzoo.ops.neighborhood.flat import neighborhood_attention_flat
@@ -336,7 +337,7 @@ def neighborhood_attention_portable(
 ) -> Tensor:
     """Maps only, by tiles."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if exporting():
+    if exporting() or needs_derivatives():
         # An exported graph must run where this package is not installed.
         return neighborhood_attention_flat(q, k, v, bias, kernel_size, dilation, scale)
     return _tiles(q, k, v, bias, kernel_size, dilation, scale)
