@@ -11,13 +11,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import vitzoo
 from tests.engine.narrow import NARROW
-from vitzoo.engine.recipe import merge
+from vitzoo.engine.recipe import load_recipe, merge, recipe_names
 from vitzoo.errors import InputError
+from vitzoo.tasks._models import known_name
 from vitzoo.tasks.classification import ClassificationTask
 from vitzoo.tasks.contract import UnreadableSample
-from vitzoo.tasks.images import digits, fashion_mnist_root, find_split
+from vitzoo.tasks.images import digits, fashion_mnist_root
 from vitzoo.tasks.pictures import image_of, open_image
+from vitzoo.tasks.splits import find_split
+from vitzoo.zoo.published import find_entry
 
 
 def task_of(*values: str) -> ClassificationTask:
@@ -31,6 +35,23 @@ def folder_of(root: Path, **classes: tuple[str, ...]) -> Path:
             (root / split / name).mkdir(parents=True)
             Image.fromarray(np.zeros((33, 40, 3), np.uint8)).save(root / split / name / "0.png")
     return root
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if n.endswith("-finetune")])
+def test_fine_tuning_starts_from_published_weights(name: str) -> None:
+    model = load_recipe(name).options.model
+    assert model.pretrained
+    known_name(model.name)
+    entry = find_entry(model.name)
+    assert entry is not None
+    assert entry.sources
+
+
+def test_every_family_of_images_is_fine_tuned() -> None:
+    names = [name for name in vitzoo.list_models() if vitzoo.info(name).modality == "image"]
+    families = {vitzoo.info(name).family for name in names}
+    tuned = {n.removesuffix("-finetune") for n in recipe_names() if n.endswith("-finetune")}
+    assert families <= tuned
 
 
 def test_digits_split_is_fixed_and_disjoint() -> None:

@@ -19,9 +19,8 @@ from vitzoo._paths import cache_folder
 from vitzoo.errors import InputError, missing_extra
 from vitzoo.tasks.contract import DataOptions, UnreadableSample
 from vitzoo.tasks.pictures import open_image
+from vitzoo.tasks.splits import TRAIN_FOLDERS, find_split, part_of
 
-TRAIN_FOLDERS = ("train", "training")
-VAL_FOLDERS = ("val", "validation", "valid", "eval", "evaluation", "test")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 Transform = Callable[[Image.Image], Any]
@@ -35,6 +34,8 @@ class ImageDataOptions(DataOptions):
         name: None or empty for a folder of class folders under `root`; `sklearn/digits`; or one of
             timm's names: `torch/fashion_mnist`, `torch/cifar10`, `hfds/ORG/NAME`, `wds/NAME`.
         train_split, val_split: names of the two halves; folders also answer to the usual synonyms.
+        val_fraction: of a folder of class folders without a split, the part of each class that is
+            kept for validation, the same files every time.
         train_first, val_first: keep only the first n samples.
         classes: keep only the samples of these classes, by number, which count from 0 then.
         num_classes: where the data set itself does not say (`wds/`).
@@ -46,6 +47,7 @@ class ImageDataOptions(DataOptions):
     name: str | None = None
     train_split: str = "train"
     val_split: str = "validation"
+    val_fraction: float | None = None
     train_first: int | None = None
     val_first: int | None = None
     classes: list[int] | None = None
@@ -285,28 +287,6 @@ def digits(*, train: bool) -> ArraySource:
     return ArraySource(halves[part], halves[2 + part], labels, "sklearn/digits")
 
 
-def find_split(root: Path, split: str) -> Path:
-    """The folder of a split under `root`, or `root` itself where it has no split folders.
-
-    Raises:
-        InputError: other split folders are there, but not this one.
-    """
-    synonyms: tuple[str, ...] = (split,)
-    for group in (TRAIN_FOLDERS, VAL_FOLDERS):
-        if split in group:
-            synonyms = (split, *group)
-    for name in synonyms:
-        if (root / name).is_dir():
-            return root / name
-    others = [name for name in TRAIN_FOLDERS + VAL_FOLDERS if (root / name).is_dir()]
-    if others:
-        raise InputError(
-            f"{root} has the folder {others[0]!r} but none for the split {split!r}: name one of "
-            f"its folders {', '.join(synonyms)}, or set data.train_split and data.val_split"
-        )
-    return root
-
-
 def _folder(
     options: ImageDataOptions, split: str, *, train: bool, labels: tuple[str, ...] | None
 ) -> ReaderSource:
@@ -318,10 +298,15 @@ def _folder(
     if not root.exists():
         raise InputError(f"data.root={options.root} does not exist")
     folder = find_split(root, split) if root.is_dir() else root
-    if folder == root and root.is_dir() and train:
+    fraction = options.val_fraction
+    if folder == root and root.is_dir() and train and fraction is None:
         raise InputError(
-            f"{root} has no train and val folders: training needs both, each with one folder a "
-            "class"
+            f"{root} has no train and val folders: make both, each with one folder a class, or "
+            "hold out a part of each class for validation, data.val_fraction=0.1"
+        )
+    if folder != root and fraction is not None:
+        raise InputError(
+            f"{root} is split already, into {folder.name} and others: leave out data.val_fraction"
         )
     try:
         reader = create_reader("", root=str(folder))
@@ -333,6 +318,8 @@ def _folder(
         raise InputError(
             f"{folder} has images outside of class folders (expected {folder}/CLASS/IMAGE.jpg)"
         )
+    if fraction is not None:
+        reader.samples = part_of(reader.samples, root, fraction, held_out=not train)
     found = {index: name for name, index in reader.class_to_idx.items()}
     source = ReaderSource(reader, tuple(found[i] for i in sorted(found)))
     if labels is not None and source.labels != labels:

@@ -7,14 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vitzoo.errors import InputError
 from vitzoo.tasks.contract import UnreadableSample
 
+_ORIENTATION = 0x0112  # The EXIF tag; 1 is upright.
 
-def open_image(file: Any, *, where: str, mode: str = "RGB") -> Image.Image:
+
+def open_image(file: Any, *, where: str, mode: str = "RGB", upright: bool = True) -> Image.Image:
     """A decoded image from a path, a file object or a PIL image.
+
+    Args:
+        file: see above.
+        where: what to call it in a message.
+        mode: Pillow's, of the result.
+        upright: turn a photograph as its EXIF orientation says. Not where coordinates or masks that
+            somebody drew lie on the pixels as they are stored.
 
     Raises:
         UnreadableSample: missing, truncated, or no image.
@@ -22,6 +31,9 @@ def open_image(file: Any, *, where: str, mode: str = "RGB") -> Image.Image:
     try:
         image = file if isinstance(file, Image.Image) else Image.open(file)
         # The conversion decodes every pixel, so a truncated file fails here and not later.
+        # Asked first: the transposition copies images that need none, too.
+        if upright and image.getexif().get(_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         if mode in ("RGB", "L"):
             image = _eight_bits(image)
         return image.convert(mode)

@@ -109,7 +109,7 @@ class CocoImages(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         record = self.images[index]
         path = self._file(record)
-        image = open_image(path, where=str(path))
+        image = open_image(path, where=str(path), upright=False)
         if _has_size(record) and image.size != (record["width"], record["height"]):
             raise UnreadableSample(
                 str(path),

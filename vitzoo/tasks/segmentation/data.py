@@ -47,7 +47,7 @@ class MaskPairs:
                 image, a number or colour that is no label.
         """
         image_path, mask_path = self.pairs[index]
-        image = open_image(str(image_path), where=str(image_path))
+        image = open_image(str(image_path), where=str(image_path), upright=False)
         labels = self._labels(mask_path)
         if labels.shape != (image.height, image.width):
             raise UnreadableSample(
