@@ -51,6 +51,7 @@ def _smallest_of_each_family() -> list[str]:
 
 TIER_0 = [name for name in vitzoo.list_models() if vitzoo.info(name).modality == "image"]
 TIER_1 = [name for name in TIER_0 if parameters(name) < 40 * MILLION]
+UNDER_100_M = [name for name in TIER_0 if parameters(name) < 100 * MILLION]
 TIER_2 = _smallest_of_each_kind()
 TIER_3 = _smallest_of_each_family()
 

@@ -3,7 +3,7 @@
 _base_ = ["./_base_/upernet_160k.py"]
 model = dict(
     backbone=dict(
-        name="vz_dinat_s_small", pretrained=True, drop_path_rate=0.5, args=dict(dilations="ade20k")
+        name="vz_dinat_s_small", pretrained=True, drop_path_rate=0.3, args=dict(dilations="ade20k")
     ),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),

@@ -268,6 +268,18 @@ def test_new_parameters_are_the_listed_ones() -> None:
     assert kept <= model.state_dict().keys()
 
 
+def test_deits_file_is_a_start(tmp_path: Path) -> None:
+    shape = {"embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS, "num_classes": 10}
+    source = timm.create_model("deit_base_patch16_224", **shape)
+    torch.save({"model": source.state_dict()}, tmp_path / "deit.pth")
+    overlay = {"file": str(tmp_path / "deit.pth"), "num_classes": 10}
+    model = timm.create_model(
+        "vz_lookupvit_base.deit_start", pretrained=True, pretrained_cfg_overlay=overlay, **shape
+    )
+    assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+    assert torch.equal(model.pos_embed, source.pos_embed[:, 1:])
+
+
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_base_patch16_384"])
 def test_timms_vit_base_fits(name: str) -> None:
     with torch.device("meta"):
@@ -292,6 +304,27 @@ def test_draws_depend_on_the_step_alone() -> None:
     with torch.no_grad():
         assert torch.equal(one(x), one(x, compressed_size=drawn[-1]))
         assert torch.equal(one.eval()(x), one(x, compressed_size=5))
+
+
+@pytest.mark.parametrize("side", [0, 15])
+def test_impossible_grids_are_refused_wherever_they_are_given(side: int) -> None:
+    model, x = tiny(), images(64, 64)
+    message = f"compressed size {side} is not between 1 and 14"
+    for call in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError, match=message):
+            call(x, compressed_size=side)
+    with pytest.raises(ValueError, match=message):
+        model.set_compressed_size(side)
+
+
+def test_the_training_loops_call_draws_where_there_is_a_choice() -> None:
+    flexible, fixed = tiny(compressed_sizes=(3, 5, 7)), tiny()
+    for update in range(5):
+        flexible.begin_update(update)
+        drawn = flexible.token_sets.drawn
+        assert drawn == flexible.draw_compressed_size(update)
+    fixed.begin_update(0)
+    assert fixed.token_sets.drawn is None
 
 
 def test_compressed_pool_trains_what_it_reads() -> None:

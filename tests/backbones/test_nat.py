@@ -25,6 +25,7 @@ def test_published_dilations() -> None:
         mini, large = timm.create_model("vz_dinat_mini"), timm.create_model("vz_dinat_large")
         swin = timm.create_model("vz_dinat_s_tiny", dilations="ade20k")
         wide = timm.create_model("vz_dinat_large_384")
+        swin_large = timm.create_model("vz_dinat_s_large", dilations="ade20k_640")
         plain = timm.create_model("vz_nat_tiny")
     built = [[1, 8, 1], [1, 4, 1, 4], [1, 2] * 3, [1] * 5]
     assert dilations(mini) == built
@@ -38,8 +39,20 @@ def test_published_dilations() -> None:
     middle = [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5]
     assert dilations(large) == [[1, 20, 1], [1, 5, 1, 10], middle, [1, 2, 1, 2, 1]]
     assert dilations(swin) == [[1, 16], [1, 8], [1, 2, 1, 3, 1, 4], [1, 2]]
+    assert dilations(swin_large) == [[1, 20], [1, 10], middle, [1, 2]]
     assert dilations(wide) == [[1, 13, 1], [1, 6, 1, 6], [1, 3] * 9, [1] * 5]
     assert {d for stage in dilations(plain) for d in stage} == {1}
+
+
+@pytest.mark.parametrize("table", ["ade20k", [[1, 2], [2], [1], [1]]])
+def test_dilations_go_back_to_the_constructors(table: object) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vz_dinat_mini", depths=(2, 2, 2, 1), dilations=table)
+    before = dilations(model)
+    model.set_dilations("coco")
+    assert dilations(model) != before
+    model.set_dilations("built")
+    assert dilations(model) == before
 
 
 def test_dilations_change_the_maps_not_the_weights() -> None:

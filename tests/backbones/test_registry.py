@@ -1,7 +1,8 @@
 """Every registered image model against timm's contract and the zoo's own promises.
 
-Tier 0 looks at every name on the meta device, tier 1 runs every name under 40 M parameters, tier 2
-takes the smallest name of each distinct set of module types. A new family gets all of it by being
+Tier 0 looks at every name on the meta device, tier 1 runs every name under 40 M parameters (at odd
+sizes, in `make test-all`, every name under 100 M), tier 2 takes the smallest name of each distinct
+set of module types. A new family gets all of it by being
 registered; what cannot hold for a model is an entry of `vitzoo.info(name).limits` with its reason.
 """
 
@@ -23,7 +24,7 @@ from timm.models._features_fx import create_feature_extractor, get_graph_node_na
 from torch import Tensor, nn
 
 import vitzoo
-from tests.registry_names import TIER_0, TIER_1, TIER_2, TIER_3, by_name
+from tests.registry_names import TIER_0, TIER_1, TIER_2, TIER_3, UNDER_100_M, by_name
 from vitzoo.attention.choices import record_choices, replay_choices
 
 SMALL = (64, 64)
@@ -179,7 +180,7 @@ def test_parameter_groups_cover_the_model(name: str) -> None:
 # Tier 1
 
 
-@by_name(TIER_1)
+@by_name(UNDER_100_M, quick=TIER_1)
 def test_forward_at_odd_sizes(name: str, no_warnings: None) -> None:
     needs(name, "any_size")
     model = build(name)
@@ -201,7 +202,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     assert not missing
 
 
-@by_name(TIER_1)
+@by_name(UNDER_100_M, quick=TIER_1)
 def test_maps_have_their_strides_at_odd_sizes(name: str) -> None:
     record = vitzoo.info(name)
     x = images(name, ODD, batch=1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import vitzoo  # noqa: F401
 from vitzoo.attention.choices import record_choices, replay_choices
 from vitzoo.backbones.sparsifiner import PHASES, Sparsifiner
+from vitzoo.zoo.errors import WeightsError
 
 PRUNING = {"pruning_blocks": (1, 2, 3), "token_keep_rate": 0.7}
 
@@ -134,6 +135,55 @@ def test_other_sizes_keep_the_class_row_and_the_basis() -> None:
         assert torch.equal(model.pos_embed[:, :1], row)
         assert model.blocks[0].attn.mask_predictor.proj_n.shape == (46, 8)
         assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("size", [(144, 144), (80, 144)])
+def test_a_file_of_another_size_keeps_its_basis(
+    shared: bool, size: tuple[int, int], tmp_path: Path
+) -> None:
+    sparsity = {"sparsity": {"shared_tables": shared}}
+    trained = small(**sparsity)
+    torch.save({"model": trained.state_dict()}, tmp_path / "trained.pth")
+    overlay = {"file": str(tmp_path / "trained.pth"), "num_classes": 10}
+    loading = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    other = small(img_size=size, **sparsity)
+    rows = other.blocks[0].attn.mask_predictor.proj_n.shape[1]
+    # Not `small`, which draws new tables.
+    arguments = {"embed_dim": 96, "depth": 4, "num_heads": 3, "num_classes": 10}
+    loaded = timm.create_model(
+        "vz_sparsifiner_deit_tiny", img_size=size, **arguments, **sparsity, **loading
+    ).eval()
+    predictor = loaded.blocks[0].attn.mask_predictor
+    assert predictor.proj_n.shape[1] == 8 != rows
+    assert (predictor.proj_n is predictor.proj_back_n) == shared
+    assert not predictor.proj_n.requires_grad
+    x = images(*size)
+    with torch.no_grad():
+        expected = trained(x)
+        found = loaded(x)
+        trained.set_input_size(size)
+        assert torch.equal(trained(x), found)
+    assert_close(found, expected)
+    # What it saves goes back into a new model of its size, as when a run is resumed.
+    parameter = other.blocks[0].attn.mask_predictor.proj_n
+    other.load_state_dict(loaded.state_dict())
+    assert other.blocks[0].attn.mask_predictor.proj_n is parameter
+    with torch.no_grad():
+        assert torch.equal(other(x), found)
+
+
+def test_tables_that_fit_no_grid_are_refused(tmp_path: Path) -> None:
+    weights = small().state_dict()
+    # A distilled DeiT's second token.
+    weights["pos_embed"] = torch.zeros(1, 51, 96)
+    torch.save(weights, tmp_path / "odd.pth")
+    with pytest.raises(WeightsError, match=r"pos_embed is \(1, 51, 96\) in the file"):
+        small(
+            img_size=96,
+            pretrained=True,
+            pretrained_cfg_overlay={"file": str(tmp_path / "odd.pth")},
+        )
 
 
 def test_dense_file_starts_the_body(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -38,7 +38,11 @@ REPORT = {
             "model": "m",
             "size": 224,
             "batch": 2,
-            "triton": {"images_per_second": 10.0, "forward": {}, "train": form(5.0, 4.0)},
+            "triton": {
+                "images_per_second": 10.0,
+                "forward": form(500.0, 200.0),
+                "train": form(5.0, 4.0),
+            },
             "portable": {"images_per_second": None, "forward": {}, "train": {"failed": "x"}},
         }
     ],
@@ -53,13 +57,13 @@ def test_cells_say_what_was_measured() -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[4:9] == ["10", "20 (100)", "", "80", "300 called"]
     assert cells[-4:] == ["4.0", "2.0", "2", "2"]
-    assert "| m | 224 | 2 | 10 |  | 4.0 (5.0) |  | 2 |  |" in text
+    assert "| m | 224 | 2 | 10 (4) |  | 4.0 (5.0) |  | 2 |  |" in text
 
 
 def test_sentences_stand_what_failed() -> None:
     said = sentence(REPORT["rows"][0])
     assert "triton 20 (100), portable , gather_sdpa 80, eager 300 called" in said
-    assert model_sentence(REPORT["models"][0]) == "m 224, images/s: triton 10, portable "
+    assert model_sentence(REPORT["models"][0]) == "m 224, images/s: triton 10 (4), portable "
 
 
 def test_the_committed_table_is_of_the_committed_figures(tmp_path: Path) -> None:

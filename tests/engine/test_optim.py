@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import timm
 import torch
@@ -92,6 +94,74 @@ def test_a_warm_up_in_updates_ends_inside_an_epoch() -> None:
     assert found == pytest.approx([1e-7, 5.005e-5, 1e-4, 1e-4, 1e-5, 1e-6, 1e-6])
 
 
+def rates(schedule: ScheduleOptions, at: list[int], updates_per_epoch: int = 10) -> list[float]:
+    """The rate at some updates of a schedule whose top is 1, which lasts `schedule.epochs`."""
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimOptions(lr=1.0), images=1)
+    scheduler, epochs = build_schedule(
+        optimizer, schedule, updates_per_epoch=updates_per_epoch, factor=1.0
+    )
+    assert epochs == schedule.epochs + schedule.cooldown_epochs
+    found = []
+    for moment in at:
+        if schedule.by == "epoch":
+            scheduler.step(moment)
+        else:
+            scheduler.step_update(moment)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_a_whole_curve_after_the_warm_up() -> None:
+    shape = {"epochs": 10, "warmup_epochs": 4, "warmup_lr": 0.0, "min_lr": 0.2}
+    whole = ScheduleOptions(**shape, warmup_prefix=True)
+    assert rates(whole, [0, 20, 40, 55, 70, 100]) == pytest.approx([0, 0.5, 1, 0.882843, 0.6, 0.2])
+    # Without, the curve has run for the warm-up's four epochs already.
+    cut = 0.2 + 0.4 * (1 + math.cos(0.4 * math.pi))
+    assert rates(ScheduleOptions(**shape), [0, 20, 40, 100]) == pytest.approx([0, 0.5, cut, 0.2])
+    by_epoch = ScheduleOptions(**shape, warmup_prefix=True, by="epoch", cooldown_epochs=2)
+    assert rates(by_epoch, [2, 4, 7, 10, 11]) == pytest.approx([0.5, 1, 0.6, 0.2, 0.2])
+    shape["warmup_epochs"] = 0
+    plain, same = (ScheduleOptions(**shape, warmup_prefix=prefix) for prefix in (False, True))
+    assert rates(plain, [0, 33, 99]) == rates(same, [0, 33, 99])
+
+
+@pytest.mark.parametrize("updates", [1, 7, 500, 7329])
+def test_a_warm_up_of_part_of_an_epoch_costs_no_epoch(updates: int) -> None:
+    shape = {"epochs": 12, "warmup_updates": updates, "warmup_lr": 0.0, "min_lr": 0.0}
+    for cooldown in (0, 3):
+        options = ScheduleOptions(**shape, warmup_prefix=True, cooldown_epochs=cooldown)
+        found = rates(options, [updates, 12 * 7330], updates_per_epoch=7330)
+        assert found == pytest.approx([1, 0])
+
+
+@pytest.mark.parametrize("name", ["step", "multistep", "poly", "tanh", "constant", "wsd"])
+def test_other_curves_start_after_the_warm_up(name: str) -> None:
+    options = ScheduleOptions(
+        name=name,
+        epochs=10,
+        warmup_epochs=4,
+        warmup_prefix=True,
+        decay_epochs=2,
+        decay_milestones=[2],
+        min_lr=0.0,
+    )
+    assert rates(options, [40]) == pytest.approx([1])
+
+
+@pytest.mark.parametrize(
+    "name", ["sparsifiner-in1k-predictor", "sparsifiner-in1k", "uhalonet-in1k"]
+)
+def test_authors_whose_curve_starts_after_the_warm_up(name: str) -> None:
+    schedule, lr = load_recipe(name).schedule, load_recipe(name).optim.lr
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimOptions(lr=lr), images=1)
+    scheduler, epochs = build_schedule(optimizer, schedule, updates_per_epoch=10, factor=1.0)
+    found = []
+    for epoch in (schedule.warmup_epochs, epochs):
+        scheduler.step_update(10 * epoch)
+        found.append(optimizer.param_groups[0]["lr"])
+    assert found == pytest.approx([lr, schedule.min_lr])
+
+
 def test_what_cannot_be_is_refused() -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(InputError, match="no trainable parameter matches 'ofset'"):
@@ -102,6 +172,7 @@ def test_what_cannot_be_is_refused() -> None:
     for options in (
         ScheduleOptions(name="cosin"),
         ScheduleOptions(epochs=3, warmup_epochs=3),
+        ScheduleOptions(epochs=3, warmup_epochs=3, warmup_prefix=True),
         ScheduleOptions(epochs=3, warmup_updates=6),
         ScheduleOptions(epochs=3, warmup_epochs=1, warmup_updates=2),
         ScheduleOptions(epochs=3, warmup_updates=2, by="epoch"),

@@ -28,9 +28,9 @@ SETTINGS = {
     "dinat-mini-upernet": (0.2, 6e-5, 2, 512),
     "dinat-small-upernet": (0.5, 6e-5, 2, 512),
     "dinat-tiny-upernet": (0.3, 6e-5, 2, 512),
-    "dinat_s-base-upernet": (0.5, 6e-5, 2, 512),
+    "dinat_s-base-upernet": (0.3, 6e-5, 2, 512),
     "dinat_s-large-upernet": (0.3, 6e-5, 2, 640),
-    "dinat_s-small-upernet": (0.5, 6e-5, 2, 512),
+    "dinat_s-small-upernet": (0.3, 6e-5, 2, 512),
     "dinat_s-tiny-upernet": (0.3, 6e-5, 2, 512),
     "litv2-base-fpn": (0.3, 1e-4, 2, 512),
     "litv2-medium-fpn": (0.2, 1e-4, 2, 512),
@@ -41,15 +41,12 @@ SETTINGS = {
     "nat-tiny-upernet": (0.3, 6e-5, 2, 512),
 }
 # Stage by stage; the third repeats.
+MIDDLE_640 = (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5)
 DILATIONS = {
     "dinat": ((1, 16, 1), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2, 1, 2, 1)),
-    "dinat-large": (
-        (1, 20, 1),
-        (1, 5, 1, 10),
-        (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5),
-        (1, 2, 1, 2, 1),
-    ),
+    "dinat-large": ((1, 20, 1), (1, 5, 1, 10), MIDDLE_640, (1, 2, 1, 2, 1)),
     "dinat_s": ((1, 16), (1, 8), (1, 2, 1, 3, 1, 4), (1, 2)),
+    "dinat_s-large": ((1, 20), (1, 10), MIDDLE_640, (1, 2)),
 }
 
 

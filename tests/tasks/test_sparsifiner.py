@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 
 from tests.golden_cases import GoldenCase, draw_input, draw_weight, load_case
 from vitzoo.backbones.sparsifiner import Sparsifiner
+from vitzoo.engine.evaluate import evaluate
+from vitzoo.engine.optim import build_optimizer
 from vitzoo.engine.recipe import load_recipe, merge
 from vitzoo.engine.train import train
 from vitzoo.errors import InputError
@@ -109,8 +114,6 @@ def run(folder: Path, name: str, *arguments: str) -> Path:
 
 
 def changed(before: Path, after: Path) -> set[str]:
-    from safetensors.torch import load_file
-
     old, new = load_file(before), load_file(after)
     return {name for name in new if name not in old or not torch.equal(old[name], new[name])}
 
@@ -136,6 +139,30 @@ def test_joint_phase_needs_no_teacher(tmp_path: Path) -> None:
     assert run(tmp_path, "joint", *without).is_file()
 
 
+def test_lvvits_teacher_answers_with_the_class_token(tmp_path: Path) -> None:
+    arguments = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 48}
+    dense = timm.create_model(
+        "vz_sparsifiner_lvvit_small", predictor=False, num_classes=2, **arguments
+    ).eval()
+    torch.save(dense.state_dict(), tmp_path / "dense.pth")
+    written = {
+        "task": "sparsifiner",
+        "model": {"name": "vz_sparsifiner_lvvit_small", "args": arguments},
+        "distill": {"teacher_checkpoint": str(tmp_path / "dense.pth")},
+    }
+    task = SparsifinerTask(merge(written).options)
+    task.labels = ("a", "b")
+    task.model = task.build_model()
+    task.train_mode()
+    x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        taught = task._taught(x)
+        tokens = dense.forward_features(x)
+        torch.testing.assert_close(taught.logits, dense.head(tokens[:, 0]))
+        torch.testing.assert_close(taught.features, dense.aux_head(tokens[:, 1:]))
+        assert not torch.allclose(taught.logits, dense(x))
+
+
 def test_teachers_that_cannot_teach(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give distill"):
         run(tmp_path, "none")
@@ -148,6 +175,55 @@ def test_teachers_that_cannot_teach(tmp_path: Path) -> None:
     task.labels = ("a", "b")
     with pytest.raises(InputError, match="trains no vz_davit_tiny"):
         task.build_model()
+
+
+def test_a_run_at_another_size_keeps_the_basis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joint = ["distill.phase=joint", "distill.cls_distill=0", "distill.token_distill=0"]
+    large = run(tmp_path, "large", *joint, "model.args.img_size=96", "data.size=96")
+    step, steps = SparsifinerTask.training_step, 0
+
+    def killed(self: SparsifinerTask, batch: Any) -> dict[str, Tensor]:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    tuning = [*joint, f"model.checkpoint={large}", "run.save_every=1", "ema.decay=0.9"]
+    monkeypatch.setattr(SparsifinerTask, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "small", *tuning)
+    # Neither a resumed run nor an evaluation reads the first file again.
+    run(tmp_path, "small", *tuning)
+    assert steps == 4
+    weights = load_file(tmp_path / "small" / "weights.safetensors")
+    # 9 patches and the class token; the rows of 36 patches.
+    assert weights["blocks.0.attn.mask_predictor.proj_n"].shape == (10, 6)
+    large.unlink()
+    found = evaluate(str(tmp_path / "small"))
+    assert "top1" in found
+
+
+def test_fine_tuning_needs_no_teacher(tmp_path: Path) -> None:
+    recipe = load_recipe("sparsifiner-finetune").merged
+    # All of the recipe but its size and its published start.
+    tiny = {key: TINY[key] for key in ("model", "data", "schedule")}
+    tiny["augment"] = {"auto_augment": None}
+    tuned = recipe | {key: recipe[key] | values for key, values in tiny.items()}
+    tuned["model"]["pretrained"] = False
+    places = [f"run.folder={tmp_path}", "run.device=cpu", "schedule.warmup_epochs=0"]
+    merged = merge(tuned, places)
+    assert train(merged).folder.weights.is_file()
+    task = SparsifinerTask(merged.options)
+    task.labels = ("a", "b")
+    assert task.build_teacher() is None
+    # Predictors and body learn at the same time, the predictors faster.
+    model = task.build_model(pretrained=False)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    rates = {group["lr"] for group in build_optimizer(model, merged.optim, images=32).param_groups}
+    assert rates == {merged.optim.lr, 4 * merged.optim.lr}
 
 
 @pytest.mark.parametrize("name", ["sparsifiner-in1k-predictor", "sparsifiner-in1k"])

@@ -165,6 +165,29 @@ def test_wrappers_are_taken_off(how: str) -> None:
     assert unwrap(WRAPPINGS[how](weights)).keys() == weights.keys()
 
 
+def test_of_model_and_average_the_evaluated_one_is_taken(narrow: nn.Module, tmp_path: Path) -> None:
+    weights = narrow.state_dict()
+    other = {name: torch.zeros_like(value) for name, value in weights.items()}
+    file = tmp_path / "deit.pth"
+    # As trainers in DeiT's manner write their best file, which they choose by `model`.
+    torch.save({"model": weights, "model_ema": other, "epoch": 3}, file)
+    assert torch.equal(unwrap(torch.load(file))["norm.weight"], weights["norm.weight"])
+    overlay = {"file": str(file), "num_classes": 7}
+    loaded = timm.create_model(
+        "vz_nat_mini", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7, **ARGUMENTS
+    )
+    convert(file, tmp_path / "out", "vz_nat_mini", arguments=ARGUMENTS)
+    converted = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    for model in (loaded, converted):
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+    # As timm's trainer writes it.
+    torch.save({"state_dict": other, "state_dict_ema": weights}, file)
+    loaded = timm.create_model(
+        "vz_nat_mini", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7, **ARGUMENTS
+    )
+    assert torch.equal(loaded.norm.weight, weights["norm.weight"])
+
+
 def test_misfit_is_named_with_the_nearest(narrow: nn.Module, tmp_path: Path) -> None:
     weights = dict(narrow.state_dict())
     weights["stages.0.blocks.0.attn.qvk.weight"] = weights.pop("stages.0.blocks.0.attn.qkv.weight")

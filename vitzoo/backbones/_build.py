@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from timm.models import build_model_with_cfg
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from vitzoo.zoo.errors import WeightsError
 from vitzoo.zoo.files import plain_arguments
-from vitzoo.zoo.formats import unwrap
+from vitzoo.zoo.formats import read_checked, unwrap
 from vitzoo.zoo.resolve import local_overlay
 
 __all__ = ["StateDict", "build_backbone", "name_mismatch", "rename", "unwrap"]
@@ -50,11 +51,13 @@ def build_backbone(
     if kwargs.get("dense"):
         # Only the getter goes through forward_intermediates, where the output norms are.
         feature_cfg["feature_cls"] = "getter"
+    file = None
     if pretrained:
         cfg = resolve_pretrained_cfg(
             name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
         )
         overlay = local_overlay(cfg, kwargs.get("cache_dir"))
+        file = Path(overlay["file"]) if overlay else None
         kwargs["pretrained_cfg"] = dataclasses.asdict(dataclasses.replace(cfg, **(overlay or {})))
     features = bool(kwargs.get("features_only"))
     with plain_arguments():
@@ -62,7 +65,7 @@ def build_backbone(
             model_cls,
             name,
             pretrained,
-            pretrained_filter_fn=_checked(filter_fn, name, optional, features=features),
+            pretrained_filter_fn=_checked(filter_fn, name, optional, file=file, features=features),
             # The comparison of names is the filter's; torch's would demand the optional ones.
             pretrained_strict=not (kwargs.get("dense") or optional),
             feature_cfg=feature_cfg,
@@ -75,11 +78,16 @@ def _checked(
     name: str,
     optional: tuple[str, ...],
     *,
+    file: Path | None,
     features: bool,
 ) -> Callable[[StateDict, nn.Module], StateDict]:
     """The filter, then a comparison of names that says what does not fit."""
 
     def filter_and_check(state_dict: StateDict, model: nn.Module) -> StateDict:
+        if file is not None and file.suffix != ".safetensors":
+            # timm's reader has taken one of the file's entries, `model_ema` before `model`: the
+            # choice is the zoo's (`vitzoo.zoo.files.WRAPPERS`).
+            state_dict = read_checked(file)
         found = filter_fn(state_dict, model)
         report = name_mismatch(found, model, optional=optional)
         if not report and not features:

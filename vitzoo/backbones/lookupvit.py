@@ -60,19 +60,36 @@ class TokenSets(nn.Module):
     Attributes:
         compressed_size: side of the compressed grid unless a call names another.
         compressed_sizes: sides to draw from in training; empty for a fixed grid.
+        table_side: side of the position table, which bounds them.
         drawn: the side drawn for this training step.
     """
 
-    def __init__(self, compressed_size: int, compressed_sizes: Sequence[int]) -> None:
+    def __init__(
+        self, compressed_size: int, compressed_sizes: Sequence[int], *, table_side: int
+    ) -> None:
         super().__init__()
+        self.table_side = table_side
+        for size in (compressed_size, *compressed_sizes):
+            self.check_size(size)
         self.compressed_size = compressed_size
         self.compressed_sizes = tuple(compressed_sizes)
         self.drawn: int | None = None
 
+    def check_size(self, size: int) -> None:
+        """Refuse a side that the position table cannot serve."""
+        if not 1 <= size <= self.table_side:
+            raise ValueError(
+                f"compressed size {size} is not between 1 and {self.table_side}, the side of the "
+                "position table"
+            )
+
     def size(self, asked: int | None) -> int:
         """The side of the compressed grid for this call."""
-        if asked is not None or not (self.training and self.compressed_sizes):
-            return self.compressed_size if asked is None else asked
+        if asked is not None:
+            self.check_size(asked)
+            return asked
+        if not (self.training and self.compressed_sizes):
+            return self.compressed_size
         if self.drawn is None:
             raise ValueError(
                 f"training with compressed_sizes={self.compressed_sizes}: call "
@@ -158,12 +175,10 @@ class LookupViT(nn.Module):
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.pool = pool
         self.grad_checkpointing = False
-        self.table_side = -(-img_size // patch_size)
-        for size in (compressed_size, *compressed_sizes):
-            self._check_size(size)
+        table_side = -(-img_size // patch_size)
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, **factory)
-        self.pos_embed = nn.Parameter(torch.empty(1, self.table_side**2, embed_dim, **factory))
-        self.token_sets = TokenSets(compressed_size, compressed_sizes)
+        self.pos_embed = nn.Parameter(torch.empty(1, table_side**2, embed_dim, **factory))
+        self.token_sets = TokenSets(compressed_size, compressed_sizes, table_side=table_side)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             LookupBlock(
@@ -202,17 +217,16 @@ class LookupViT(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def _check_size(self, size: int) -> None:
-        if not 1 <= size <= self.table_side:
-            raise ValueError(
-                f"compressed size {size} is not between 1 and {self.table_side}, the side of the "
-                "position table"
-            )
-
     def set_compressed_size(self, size: int) -> None:
         """Use a compressed grid of `size` x `size` tokens from now on; weights stay as they are."""
-        self._check_size(size)
+        self.token_sets.check_size(size)
         self.token_sets.compressed_size = size
+
+    @torch.jit.ignore
+    def begin_update(self, update: int) -> None:
+        """What the training loop calls before an optimiser update: draw, if there is a choice."""
+        if self.token_sets.compressed_sizes:
+            self.draw_compressed_size(update)
 
     def draw_compressed_size(self, step: int) -> int:
         """Draw one of `compressed_sizes` for a training step, and return it.
@@ -258,7 +272,11 @@ class LookupViT(nn.Module):
         return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor, compressed_size: int | None = None) -> Tensor:
-        """Logits (B, num_classes); `compressed_size` overrides the model's for this call."""
+        """Logits (B, num_classes); `compressed_size` overrides the model's for this call.
+
+        Raises:
+            ValueError: it is outside 1 to the side of the position table.
+        """
         return self.forward_head(self.forward_features(x, compressed_size))
 
     def forward_intermediates(
@@ -286,7 +304,7 @@ class LookupViT(nn.Module):
             List of maps (B, C, H / 16, W / 16), or (final features, list).
 
         Raises:
-            ValueError: another `output_fmt`.
+            ValueError: another `output_fmt`, or a compressed size as in `forward`.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")

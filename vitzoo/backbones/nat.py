@@ -138,20 +138,17 @@ class Block(nn.Module):
 # The tables of the authors' detection and segmentation configurations.
 _DENSE_MIDDLE = (1, 3, 1, 5, 1, 7)
 _ADE20K_MIDDLE = (1, 2, 1, 3, 1, 4)
+_ADE20K_640_MIDDLE = (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5)
 DILATIONS: dict[str, Dilations] = {
     "coco": ((1, 28), (1, 7, 1, 14), _DENSE_MIDDLE, (1, 3)),
     "ade20k": ((1, 16), (1, 4, 1, 8), _ADE20K_MIDDLE, (1, 2)),
-    "ade20k_640": (
-        (1, 20),
-        (1, 5, 1, 10),
-        (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5),
-        (1, 2),
-    ),
+    "ade20k_640": ((1, 20), (1, 5, 1, 10), _ADE20K_640_MIDDLE, (1, 2)),
 }
-# DiNAT_s has two blocks where DiNAT has four; nothing was published at 640.
+# DiNAT_s has two blocks in the second stage, where DiNAT has four.
 SWIN_DILATIONS: dict[str, Dilations] = {
     "coco": ((1, 28), (1, 14), _DENSE_MIDDLE, (1, 3)),
     "ade20k": ((1, 16), (1, 8), _ADE20K_MIDDLE, (1, 2)),
+    "ade20k_640": ((1, 20), (1, 10), _ADE20K_640_MIDDLE, (1, 2)),
 }
 
 
@@ -178,8 +175,11 @@ class DilatedBackbone(StagedBackbone):
         depths = [len(group) for group in self.attention_groups()]
         self.dilation_tables = dict(tables)
         if not isinstance(dilations, str):
-            dilations = self.dilation_tables["built"] = _fit(dilations, depths)
+            dilations = _fit(dilations, depths)
         self.set_dilations(dilations)
+        # After set_dilations, which says so if there is no table of that name.
+        built = tables[dilations] if isinstance(dilations, str) else dilations
+        self.dilation_tables["built"] = built
 
     def attention_groups(self) -> list[list[NeighborhoodAttention]]:
         """The attention modules that one pattern of dilations covers: a stage's."""

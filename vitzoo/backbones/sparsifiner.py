@@ -452,6 +452,27 @@ class Sparsifiner(nn.Module):
         self.grid_size = grid
         update_model_input_size(self, to_2tuple(img_size))
 
+    def take_basis_rows(self, state_dict: StateDict, prefix: str = "") -> None:
+        """Give every predictor as many basis rows as its tables in a state dict have.
+
+        Their number belongs to the size that the tables were made for and stays when these are
+        resized, while a new model has the number of its own size. The parameters stay the same
+        objects: an optimiser may hold them, and shared tables are one.
+        """
+        for i, block in enumerate(self.blocks):
+            predictor = block.attn.mask_predictor
+            table = state_dict.get(f"{prefix}blocks.{i}.attn.mask_predictor.proj_n")
+            if predictor is None or table is None or table.shape[1:] == predictor.proj_n.shape[1:]:
+                continue
+            for own in (predictor.proj_n, predictor.proj_back_n):
+                own.data = own.data.new_empty(own.shape[0], *table.shape[1:])
+
+    def _load_from_state_dict(
+        self, state_dict: StateDict, prefix: str, *rest: Any, **named: Any
+    ) -> None:
+        self.take_basis_rows(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
+
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in backward instead of keeping their activations."""
@@ -584,19 +605,19 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+_TOKEN_TABLES = (".mask_predictor.proj_n", ".mask_predictor.proj_back_n")
+
+
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     """The authors' files as they are; a dense DeiT or LV-ViT as a start for the body.
 
-    `pos_embed` is resized to the model's grid (from a square one). A file without predictors leaves
-    the model's own, which are then untrained.
+    The tables of token positions are resized to the model's grid (from a square one), and the
+    predictors get as many basis rows as the file has. A file without predictors leaves the model's
+    own, which are then untrained.
     """
-    state_dict = dict(unwrap(state_dict))
+    state_dict = _fit_token_tables(unwrap(state_dict), model.grid_size)  # type: ignore[arg-type]
+    model.take_basis_rows(state_dict)  # type: ignore[operator]
     own = model.state_dict()
-    positions = state_dict.get("pos_embed")
-    if positions is not None and positions.shape[1:] != own["pos_embed"].shape[1:]:
-        side = math.isqrt(positions.shape[1] - 1)
-        resize = token_resize((side, side), model.grid_size, positions)
-        state_dict["pos_embed"] = resize_token_table(positions[0], resize)[None]
     expected = any(".mask_predictor." in name for name in own)
     if not expected:
         state_dict = {k: v for k, v in state_dict.items() if ".mask_predictor." not in k}
@@ -609,6 +630,23 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     if "aux_head.weight" not in own:
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith("aux_head.")}
     return state_dict
+
+
+def _fit_token_tables(state_dict: StateDict, grid: Grid) -> StateDict:
+    """The tables of a square grid's tokens, resized to another grid; others stay as they are."""
+    fitted = dict(state_dict)
+    positions = state_dict.get("pos_embed")
+    if positions is None or positions.shape[1] == math.prod(grid) + 1:
+        return fitted
+    side = math.isqrt(positions.shape[1] - 1)
+    if side * side + 1 != positions.shape[1]:
+        return fitted
+    resize = token_resize((side, side), grid, positions)
+    fitted["pos_embed"] = resize_token_table(positions[0], resize)[None]
+    for name, table in state_dict.items():
+        if name.endswith(_TOKEN_TABLES):
+            fitted[name] = resize_token_table(table, resize)
+    return fitted
 
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:

@@ -199,12 +199,15 @@ _KEY = ("model", "baseline", "dtype", "mode", "malloc", "linear", "compile_basel
 def write(report: dict[str, Any], path: Path) -> None:
     """JSON, the table beside it as `.md`, and the growth as `.png`.
 
-    What was not measured now stays, if the file is of the same machine and versions.
+    What was not measured now stays with its date, if the file is of the same machine and versions.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if _undated(before.get("machine")) != _undated(report["machine"]):
         before = {}
+    for found in (before, report):
+        for part in (*found.get("results", ()), *found.get("sweeps", {}).values()):
+            part.setdefault("date", found["machine"]["date"])
     new = {tuple(r[k] for k in _KEY) for r in report.get("results", ())}
     kept = [r for r in before.get("results", ()) if tuple(r.get(k) for k in _KEY) not in new]
     merged = {
@@ -235,14 +238,16 @@ def table(report: dict[str, Any]) -> str:
         "# Whole models on the CPU",
         "",
         f"{facts['processor']}, {facts['cores']} cores, {facts['capability']}; torch "
-        f"{facts['torch']}, timm {facts['timm']}, {facts['date']}. Eager, both sides in one "
-        "process, median of the pairs. Made by `make bench`. `linear`: stock layers "
-        "(`reference`) or what `auto` takes; bars of `auto` hold where that is oneDNN. Memory: "
-        "what one pass needs beyond weights and images, over the baseline's.",
+        f"{facts['torch']}, timm {facts['timm']}. Eager, both sides in one process, median of the "
+        "pairs. Made by `vitzoo bench models`. `linear`: stock layers (`reference`) or what `auto` "
+        "takes; bars of `auto` hold where that is oneDNN, and were set where its product takes half "
+        "of the BLAS's time. Memory, with malloc's defaults in every row: what one pass needs "
+        "beyond weights and images, over the baseline's; under oneDNN that holds a second, packed "
+        "copy of the linear weights.",
         "",
         "| model | baseline | dtype | size | pass | linear | malloc | measure | figure "
-        "| quartiles | bar | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| quartiles | bar | memory | date |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in report["results"]:
         # In the figure's unit: a rate is the ratio times a constant.
@@ -253,19 +258,22 @@ def table(report: dict[str, Any]) -> str:
         cells += [r["measure"], f"{r['figure']:.2f}", f"{low:.2f} to {high:.2f}", bar]
         memory = r.get("model_bytes")
         cells.append("" if memory is None else f"{memory / r['baseline_bytes']:.2f}")
+        cells.append(r.get("date", facts["date"]))
         lines.append(f"| {' | '.join(map(str, cells))} |")
     if report["sweeps"]:
         sizes = [row["size"] for row in next(iter(report["sweeps"].values()))["rows"]]
         lines += [
             "",
-            f"One image, forward, ms (how many times {DEIT} at that size takes as long); the last "
-            f"column is the exponent of time over pixels from {FITTED_FROM} pixels.",
+            f"One image, forward, ms (how many times {DEIT} at that size takes as long), linear "
+            "layers as `auto` took them on that day; the exponent is that of time over pixels from "
+            f"{FITTED_FROM} pixels.",
             "",
-            f"| model | {' | '.join(map(str, sizes))} | exponent |",
-            "|---" * (len(sizes) + 2) + "|",
+            f"| model | {' | '.join(map(str, sizes))} | exponent | date |",
+            "|---" * (len(sizes) + 3) + "|",
         ]
         for name, s in report["sweeps"].items():
             cells = [f"{row['model_ms']:.0f} ({row['ratio']:.2f})" for row in s["rows"]]
             cells.append(f"{s['exponents']['model']:.2f}" if s["exponents"] else "")
+            cells.append(s.get("date", facts["date"]))
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -122,11 +122,13 @@ def build_schedule(
         raise InputError(
             f"unknown schedule schedule.name={options.name}; known: {', '.join(SCHEDULES)}"
         )
+    prefix = warmup if options.warmup_prefix else 0
     try:
-        return create_scheduler_v2(
+        scheduler, epochs = create_scheduler_v2(
             optimizer,
             sched=options.name,
-            num_epochs=options.epochs,
+            # timm adds the warm-up to these where it comes first.
+            num_epochs=options.epochs - prefix,
             decay_epochs=options.decay_epochs,
             decay_milestones=options.decay_milestones,
             decay_rate=options.decay_rate,
@@ -135,11 +137,17 @@ def build_schedule(
             warmup_lr=options.warmup_lr * factor,
             # May be a part of an epoch: the rate changes with every update then.
             warmup_epochs=warmup,
+            warmup_prefix=options.warmup_prefix,
             step_on_epochs=options.by == "epoch",
             updates_per_epoch=updates_per_epoch,
         )
     except ValueError as error:
         raise InputError(f"schedule: {error}") from None
+    if prefix:
+        # A warm-up of part of an epoch gives timm's total a fraction, rounded down.
+        cooldown = options.cooldown_epochs if hasattr(scheduler, "get_cycle_length") else 0
+        epochs = options.epochs + cooldown
+    return scheduler, epochs
 
 
 def _warmup(options: ScheduleOptions, updates_per_epoch: int) -> float:

@@ -53,6 +53,8 @@ class ScheduleOptions:
         epochs: to the end of the curve, warm-up included.
         warmup_epochs, warmup_lr: linear warm-up and where it starts.
         warmup_updates: length of the warm-up in updates; `warmup_epochs` if None.
+        warmup_prefix: start the curve at its top when the warm-up ends, in the epochs that are
+            left; otherwise it has run from the first epoch on.
         cooldown_epochs: more epochs at `min_lr`.
         min_lr: the curve's floor.
         decay_epochs, decay_milestones, decay_rate: of the stepwise schedules.
@@ -63,6 +65,7 @@ class ScheduleOptions:
     epochs: int = 300
     warmup_epochs: int = 0
     warmup_updates: int | None = None
+    warmup_prefix: bool = False
     warmup_lr: float = 1e-6
     cooldown_epochs: int = 0
     min_lr: float = 1e-5

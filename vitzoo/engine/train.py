@@ -315,6 +315,7 @@ class Trainer:
         """One optimiser update over `accumulate` batches -> sum of their losses."""
         progress, run, accelerator = self.progress, self.recipe.run, self.accelerator
         losses = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+        self.task.begin_update(progress.update)
         for _ in range(run.accumulate):
             batch = next(batches)
             seed_everything(run.seed, progress.epoch, progress.step, accelerator.process_index, 1)

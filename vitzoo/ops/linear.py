@@ -158,8 +158,10 @@ def _measure() -> dict[str, str]:
     for width, (rows, dim, out) in {"narrow": (4096, 96, 288), "wide": (768, 256, 512)}.items():
         # Constants: the random state is the user's.
         # The user's default dtype and device may be others.
-        like = {"dtype": torch.float32, "device": "cpu"}
-        x, weight, bias = (torch.ones(*n, **like) for n in ((rows, dim), (out, dim), (out,)))
+        x, weight, bias = (
+            torch.ones(*shape, dtype=torch.float32, device="cpu")
+            for shape in ((rows, dim), (out, dim), (out,))
+        )
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         candidates: dict[str, Callable[[], Tensor]] = {
             "reference": lambda: F.linear(x, weight, bias),  # noqa: B023

@@ -16,7 +16,8 @@ The order of calls in a training process::
     model = task.build_model()           # uses task.labels
     task.model = <model, wrapped for precision and processes>
     task.train_mode()                    # every epoch
-    task.training_step(batch)["loss"]    # every batch, already on task.device
+    task.begin_update(update)            # before every optimiser update, the same in all processes
+    task.training_step(batch)["loss"]    # every batch of it, already on task.device
     task.model = <EMA or model>.eval()
     task.evaluate(loader)                # -> {"top1": 91.2, ...}, at the end of an epoch
 
@@ -160,6 +161,20 @@ class Task(ABC):
     def train_mode(self) -> None:
         """Put the model into training mode; override to keep frozen parts in evaluation mode."""
         self.model.train()
+
+    def begin_update(self, update: int) -> None:
+        """Tell the model which optimiser update comes next, for what it draws once an update.
+
+        Every module of the model that has a `begin_update` is called, so that a backbone hears it
+        inside a wrapper or a detector, too.
+
+        Args:
+            update: its number, from 0; a resumed run repeats it, and all processes have the same.
+        """
+        for module in self.model.modules():
+            begin: Any = getattr(module, "begin_update", None)
+            if begin is not None:
+                begin(update)
 
     @abstractmethod
     def training_step(self, batch: Batch) -> dict[str, Tensor]:

@@ -224,7 +224,13 @@ class SparsifinerTask(ClassificationTask):
             compile=False,
         )
         teacher = create_model(options, self.labels, pretrained=True)
-        return teacher.eval().requires_grad_(False).to(self.device)
+        teacher = teacher.eval().requires_grad_(False).to(self.device)
+        # The authors' teacher answers with the class token's logits alone, as LV-ViT does in
+        # training; in evaluation half of the patches' largest logits would be added.
+        aux_head = getattr(teacher, "aux_head", None)
+        if aux_head is not None:
+            aux_head.train()
+        return teacher
 
     def train_mode(self) -> None:
         """Training mode; the first time, the teacher is loaded."""

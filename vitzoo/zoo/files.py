@@ -17,7 +17,10 @@ from vitzoo.zoo.errors import CorruptFileError, UnsafeFileError, WeightsError
 
 logger = logging.getLogger("vitzoo.zoo")
 
-WRAPPERS = ("state_dict_ema", "state_dict", "model_ema", "model")
+# In order of preference. An average that timm's trainer keeps is what it evaluates. Trainers in
+# DeiT's manner (BiFormer's, U-HaloNet's) write `model` and `model_ema`, but choose their best file
+# by `model` and evaluate that.
+WRAPPERS = ("state_dict_ema", "state_dict", "model", "model_ema")
 
 # Files whose content this process has checked -> size and modification time, sha256.
 _verified: dict[Path, tuple[tuple[int, int], str]] = {}

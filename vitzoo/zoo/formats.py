@@ -24,6 +24,11 @@ def read_weights(path: Path) -> dict[str, Any]:
         WeightsError: see `check_weights`.
     """
     check_weights(path)
+    return read_checked(path)
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """`read_weights` of a file that `check_weights` has let through."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -37,7 +42,7 @@ def read_weights(path: Path) -> dict[str, Any]:
 def unwrap(state_dict: dict[str, Any]) -> dict[str, Tensor]:
     """The weights inside the wrappers that trainers write around them.
 
-    Handles `state_dict_ema`, `state_dict`, `model_ema` and `model` entries, also nested, and the
+    Handles `state_dict_ema`, `state_dict`, `model` and `model_ema` entries, also nested, and the
     prefixes of compiled, distributed and Lightning's models (`_orig_mod.`, `module.`, `model.`) and
     of detectors and segmenters (`backbone.`, `encoder.`, our own runs'), also one in another. Of an
     mmpretrain classifier the head is kept, too; counters and the like beside the weights are left

@@ -10,14 +10,13 @@ from typing import Any
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
 from mmseg.registry import MODELS
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from vitzoo.backbones._build import name_mismatch
 from vitzoo.errors import InputError
 from vitzoo.heads.pyramid import Maps
 from vitzoo.tasks._models import freeze
-from vitzoo.zoo.files import check_weights, plain_arguments
+from vitzoo.zoo.formats import read_weights, unwrap
 
 _STRIDES = (4, 8, 16, 32)
 _BODY = "maps.body.model."
@@ -95,11 +94,8 @@ class VitzooBackbone(BaseModule):
         if self._is_init or self.init_cfg is None:
             return
         file = str(self.init_cfg["checkpoint"])
-        check_weights(Path(file))
-        with plain_arguments():
-            state = load_state_dict(file, device="cpu", weights_only=True)
         model = self.maps.model
-        state = authors_names(state, model)
+        state = authors_names(unwrap(read_weights(Path(file))), model)
         # A deeper network's file fills a shallower one without a word. Names are known of the
         # dense versions; of others timm has taken the head away, and with it more than names say.
         mismatch = name_mismatch(state, model) if getattr(model, "dense", False) else ""

@@ -1,4 +1,4 @@
-"""LookupViT's weights (arXiv 2407.12753): none were published, nor was code.
+"""LookupViT's weights (arXiv 2407.12753): none were published, nor was code; a ViT's are a start.
 
 The paper's accuracy tables are not quoted: nobody here has been able to read them.
 """
@@ -17,5 +17,19 @@ def _unpublished(size: str) -> WeightEntry:
     )
 
 
-# The small size is the zoo's own addition.
-ENTRIES = (_unpublished("base"), _unpublished("large"))
+# The small size is the zoo's own addition. It goes without a start of its own, which would be what
+# its bare name loads.
+ENTRIES = (
+    _unpublished("base"),
+    WeightEntry(
+        model="vz_lookupvit_base",
+        tag="deit_start",
+        sources=("https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth",),
+        licence="apache-2.0",
+        origin="https://github.com/facebookresearch/deit",
+        paper="2012.12877",
+        notes="Plain DeiT, where training starts; what LookupViT adds to a ViT is untrained. "
+        "The licence is the origin's code's; none was read beside the file.",
+    ),
+    _unpublished("large"),
+)

@@ -94,7 +94,7 @@ def _detection(model: str, head: str, figures: tuple[float, float]) -> WeightEnt
 
 
 def _segmentation(model: str, figures: tuple[float, float]) -> WeightEntry:
-    side = 640 if model == "dinat_large" else 512
+    side = 640 if model in ("dinat_large", "dinat_s_large") else 512
     return WeightEntry(
         model=f"vz_{model}",
         tag="shilabs_ade20k_upernet",
@@ -159,6 +159,7 @@ ENTRIES = (
         tag="shilabs_in22k_ft_in1k",
         notes=_TWO_NAMES,
     ),
+    _in22k("dinat_s_large", "dinat_s_large_in22k_224.pth"),
     _at_384("dinat_s_large_384", 87.4, "imagenet1k/dinat_s_large_in1k_384.pth", notes=_TWO_NAMES),
     *(
         _entry(
