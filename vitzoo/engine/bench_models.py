@@ -240,8 +240,8 @@ def table(report: dict[str, Any]) -> str:
         f"{facts['processor']}, {facts['cores']} cores, {facts['capability']}; torch "
         f"{facts['torch']}, timm {facts['timm']}. Eager, both sides in one process, median of the "
         "pairs. Made by `vitzoo bench models`. `linear`: stock layers (`reference`) or what `auto` "
-        "takes; bars of `auto` hold where that is oneDNN, and were set where its product takes half "
-        "of the BLAS's time. Memory, with malloc's defaults in every row: what one pass needs "
+        "takes; bars of `auto` hold where that is oneDNN, and were set where it takes half of the "
+        "BLAS's time. Memory, with malloc's defaults in every row: what one pass needs "
         "beyond weights and images, over the baseline's; under oneDNN that holds a second, packed "
         "copy of the linear weights.",
         "",
