@@ -58,6 +58,14 @@ def test_a_convolution_and_a_sum_with_and_without_gradients(kernel_size: int) ->
     assert heard
 
 
+def test_a_convolution_and_a_sum_on_one_position() -> None:
+    # Torch 2.11 makes no fused sum of it.
+    conv, x = nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.randn(3, 1, 1, 8)
+    with torch.inference_mode():
+        expected = x + conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        torch.testing.assert_close(add_conv(x, conv, x), expected)
+
+
 def make_half_block(width: int = 8) -> tuple[nn.LayerNorm, Mlp, nn.Module]:
     torch.manual_seed(0)
     return nn.LayerNorm(width).eval(), Mlp(width, 3 * width).eval(), nn.Dropout(0.5).eval()

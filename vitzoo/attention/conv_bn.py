@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitzoo.attention.layers import listened_to
 from vitzoo.ops._derived import Derived
-from vitzoo.ops._onednn import records_gradient, why_not_onednn
+from vitzoo.ops._onednn import records_gradient, takes_sum, why_not_onednn
 
 _folded: Derived[tuple[Tensor, Tensor]] = Derived()
 _FUSED_NAME = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "swish"}
@@ -60,7 +60,8 @@ class ResidualConvBn(nn.Module):
 
     def forward(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         """Branch (B, C, H, W) and shortcut (B, C', H', W'), if there is one -> its shape."""
-        if not _fusible(self, x, shortcut):
+        fits = shortcut is None or takes_sum(shortcut)
+        if not fits or not _fusible(self, x, shortcut):
             x = self.drop_path(self.bn(self.conv(x)))
             return self.act(x if shortcut is None else x + shortcut)
         x = x.contiguous(memory_format=torch.channels_last)

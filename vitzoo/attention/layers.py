@@ -11,7 +11,7 @@ from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from vitzoo.ops import linear, linear_gelu
-from vitzoo.ops._onednn import records_gradient, why_not_apart, why_not_onednn
+from vitzoo.ops._onednn import records_gradient, takes_sum, why_not_apart, why_not_onednn
 from vitzoo.ops._sides import overhang, symbolic
 
 # Hidden values of an MLP that leave the caches, and what is then computed at a time.
@@ -177,6 +177,7 @@ def add_conv(x: Tensor, conv: nn.Conv2d, other: Tensor) -> Tensor:
     """
     other_layer = type(conv) is not nn.Conv2d or listened_to(conv)
     unfit = other_layer or records_gradient(x, other, conv.weight, conv.bias)
+    unfit = unfit or not takes_sum(other.permute(0, 3, 1, 2))
     if unfit or why_not_onednn(x, other, conv.weight) is not None:
         return other + conv_channels_last(x, conv)
     out = torch.ops.mkldnn._convolution_pointwise.binary(

@@ -29,6 +29,11 @@ def needs_derivatives() -> bool:
     return not torch.compiler.is_compiling() and transformed()
 
 
+def takes_sum(other: Tensor) -> bool:
+    """Whether oneDNN may add `other` (B, C, H, W) to a convolution: torch 2.11 fails on 1x1 maps."""
+    return other.shape[-2] * other.shape[-1] > 1
+
+
 def why_not_apart(*tensors: Tensor | None) -> str | None:
     """Why a step on the CPU must not be taken apart or put together otherwise, or None."""
     given = [t for t in tensors if t is not None]
