@@ -30,7 +30,7 @@ def needs_derivatives() -> bool:
 
 
 def takes_sum(other: Tensor) -> bool:
-    """Whether oneDNN may add `other` (B, C, H, W) to a convolution: torch 2.11 fails on 1x1 maps."""
+    """Whether oneDNN may add `other` (B, C, H, W) to a convolution; torch 2.11 fails on 1x1."""
     return other.shape[-2] * other.shape[-1] > 1
 
 
