@@ -60,8 +60,8 @@ class ResidualConvBn(nn.Module):
 
     def forward(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         """Branch (B, C, H, W) and shortcut (B, C', H', W'), if there is one -> its shape."""
-        fits = shortcut is None or takes_sum(shortcut)
-        if not fits or not _fusible(self, x, shortcut):
+        fused = _fusible(self, x, shortcut) and (shortcut is None or takes_sum(shortcut))
+        if not fused:
             x = self.drop_path(self.bn(self.conv(x)))
             return self.act(x if shortcut is None else x + shortcut)
         x = x.contiguous(memory_format=torch.channels_last)

@@ -177,8 +177,9 @@ def add_conv(x: Tensor, conv: nn.Conv2d, other: Tensor) -> Tensor:
     """
     other_layer = type(conv) is not nn.Conv2d or listened_to(conv)
     unfit = other_layer or records_gradient(x, other, conv.weight, conv.bias)
-    unfit = unfit or not takes_sum(other.permute(0, 3, 1, 2))
-    if unfit or why_not_onednn(x, other, conv.weight) is not None:
+    unfit = unfit or why_not_onednn(x, other, conv.weight) is not None
+    # Asked last: a compiler would remember the question for a map's size.
+    if unfit or not takes_sum(other.permute(0, 3, 1, 2)):
         return other + conv_channels_last(x, conv)
     out = torch.ops.mkldnn._convolution_pointwise.binary(
         x.permute(0, 3, 1, 2),
