@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitzoo.errors import InputError
+
 logger = logging.getLogger("vitzoo.ops")
 
 OPERATORS: dict[str, Operator] = {}
@@ -142,7 +144,7 @@ def _read_environment() -> dict[str, str]:
     for operator, name in found.items():
         if operator not in OPERATORS:
             known = ", ".join(sorted(OPERATORS))
-            raise ValueError(f"{prefix}{operator.upper()}: no such operator; known: {known}")
+            raise InputError(f"{prefix}{operator.upper()}: no such operator; known: {known}")
         _check_backend(name, [OPERATORS[operator]], f"{prefix}{operator.upper()}")
     if os.environ.get("VITZOO_BACKEND"):
         found["*"] = os.environ["VITZOO_BACKEND"]
@@ -151,10 +153,10 @@ def _read_environment() -> dict[str, str]:
 
 
 def _check_backend(name: str, asked: Sequence[Operator], where: str) -> None:
-    """Raise ValueError unless one of the operators has such a backend, or it is `auto`."""
+    """Raise InputError unless one of the operators has such a backend, or it is `auto`."""
     if name != "auto" and not any(name in op.backends for op in asked):
         known = sorted({backend for op in asked for backend in op.backends})
-        raise ValueError(f"{where}: no backend {name!r} here; known: {', '.join(known)}")
+        raise InputError(f"{where}: no backend {name!r} here; known: {', '.join(known)}")
 
 
 @contextmanager
