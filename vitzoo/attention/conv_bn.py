@@ -11,7 +11,7 @@ import torch
 from timm.layers import BatchNormAct2d, ConvNormAct, register_notrace_module
 from torch import Tensor, nn
 
-from vitzoo.attention.layers import listened_to
+from vitzoo.attention.layers import listened_to, onednn_sum
 from vitzoo.ops._derived import Derived
 from vitzoo.ops._onednn import records_gradient, takes_sum, why_not_onednn
 
@@ -70,24 +70,10 @@ class ResidualConvBn(nn.Module):
         if shortcut is None:
             return _convolve(self.conv, x, weight, bias, name)
         shortcut = shortcut.contiguous(memory_format=torch.channels_last)
-        conv = self.conv
-        out = torch.ops.mkldnn._convolution_pointwise.binary(
-            x,
-            shortcut,
-            weight,
-            bias,
-            conv.padding,
-            conv.stride,
-            conv.dilation,
-            conv.groups,
-            "add",
-            1.0,
-            # The sum can only be followed by ReLU.
-            "relu" if name == "relu" else None,
-            [],
-            "",
-        )
-        return out if name == "relu" else self.act(out)
+        # The sum can only be followed by ReLU.
+        relu = name == "relu"
+        out = onednn_sum(self.conv, x, shortcut, weight, bias, relu=relu)
+        return out if relu else self.act(out)
 
 
 def fuse_conv_bn(module: nn.Module) -> None:

@@ -181,22 +181,36 @@ def add_conv(x: Tensor, conv: nn.Conv2d, other: Tensor) -> Tensor:
     # Asked last: a compiler would remember the question for a map's size.
     if unfit or not takes_sum(other.permute(0, 3, 1, 2)):
         return other + conv_channels_last(x, conv)
-    out = torch.ops.mkldnn._convolution_pointwise.binary(
-        x.permute(0, 3, 1, 2),
-        other.permute(0, 3, 1, 2),
-        conv.weight,
-        conv.bias,
+    x, other = x.permute(0, 3, 1, 2), other.permute(0, 3, 1, 2)
+    return onednn_sum(conv, x, other, conv.weight, conv.bias).permute(0, 2, 3, 1)
+
+
+def onednn_sum(
+    conv: nn.Conv2d,
+    x: Tensor,
+    other: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    relu: bool = False,
+) -> Tensor:
+    """conv(x) + other, then ReLU if wanted, on (B, C, H, W) maps, by other weights than conv's."""
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
+        x,
+        other,
+        weight,
+        bias,
         conv.padding,
         conv.stride,
         conv.dilation,
         conv.groups,
         "add",
         1.0,
-        None,
+        "relu" if relu else None,
         [],
         "",
     )
-    return out.permute(0, 2, 3, 1)
+    return out
 
 
 @register_notrace_function

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from vitzoo._processor import processor_facts
+
 # glibc hands every block above a threshold back to the system at once; with these it keeps them.
 QUIET_MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
@@ -268,14 +270,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        facts = dict(
-            line.split(":", 1)
-            for line in info.read_text().split("\n\n")[0].splitlines()
-            if ":" in line
-        )
-        facts = {key.strip(): value.strip() for key, value in facts.items()}
+    if facts := processor_facts():
         return "{model name} (family {cpu family}, model {model})".format_map(
             defaultdict(str, facts)
         )

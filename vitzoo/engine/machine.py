@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vitzoo._paths import cache_folder, write_atomically
+from vitzoo._processor import processor_facts
 from vitzoo.ops.linear import linear_choices, set_linear_choices
 
 logger = logging.getLogger("vitzoo.engine")
@@ -52,11 +53,6 @@ def fix_linear(stored: dict[str, str] | None) -> dict[str, str]:
 
 
 def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    if name := processor_facts().get("model name"):
+        return name
     return f"{platform.processor() or platform.machine()} x {os.cpu_count()}"

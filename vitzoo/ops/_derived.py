@@ -26,7 +26,9 @@ class Derived(Generic[Value]):
     optimisers, averages and whole rows written that way, but not single numbers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_contents: bool = True) -> None:
+        """Keep values that depend on the sources' numbers, or only on where these lie (views)."""
+        self._by_contents = by_contents
         # first source -> (state, probes, value)
         self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -41,7 +43,7 @@ class Derived(Generic[Value]):
             setting: what else it reads.
         """
         state = (setting, [(t._version, t.data_ptr(), t.shape) for t in sources])
-        probes = [_probe(t) for t in sources]
+        probes = [_probe(t) for t in sources] if self._by_contents else []
         known = self._known.get(sources[0])
         if known is None or known[0] != state or not all(map(torch.equal, known[1], probes)):
             known = (state, [probe.clone() for probe in probes], make())
@@ -53,7 +55,8 @@ class Derived(Generic[Value]):
         self._known.pop(source, None)
 
 
-_views: Derived[tuple[Tensor, ...]] = Derived()
+# Whoever computes from a view asks for its numbers.
+_views: Derived[tuple[Tensor, ...]] = Derived(by_contents=False)
 
 
 def kept_views(

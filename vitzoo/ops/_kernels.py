@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend
-from vitzoo.ops._onednn import records_gradient, transformed
+from vitzoo.ops._onednn import needs_derivatives, records_gradient
 from vitzoo.ops._proven import why_not_proven
 from vitzoo.ops._sides import exporting
 
@@ -71,7 +71,7 @@ def why_not_triton(q: Tensor, k: Tensor, v: Tensor, *, one_map: bool = False) ->
         return "q, k and v lie on different devices."
     if exporting():
         return "an exported graph is to run without triton."
-    if not torch.compiler.is_compiling() and transformed():
+    if needs_derivatives():
         return "function transforms and forward-mode derivatives need torch's own operators."
     if q.dtype not in _DTYPES or computed_dtype(q) not in _DTYPES:
         return f"its kernels take float32, float16 and bfloat16, got {q.dtype}."

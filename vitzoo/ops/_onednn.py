@@ -13,20 +13,18 @@ def records_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def transformed() -> bool:
-    """Whether function transforms or forward-mode derivatives look on, in eager mode."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )
-
-
 def needs_derivatives() -> bool:
     """Whether every step must be an operator of torch, with all of its derivatives and batching.
 
-    A step of our own has a first derivative in reverse mode only, and torch would not say so: a
-    forward-mode tangent that it does not know counts as zero.
+    In eager mode under function transforms and forward-mode derivatives. A step of our own has a
+    first derivative in reverse mode only, and torch would not say so: a forward-mode tangent that
+    it does not know counts as zero.
     """
-    return not torch.compiler.is_compiling() and transformed()
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
 
 
 def takes_sum(other: Tensor) -> bool:
@@ -45,7 +43,7 @@ def why_not_apart(*tensors: Tensor | None) -> str | None:
         return "It takes plain tensors, no subclasses."
     if _get_current_dispatch_mode() is not None:
         return "A dispatch mode (fake tensors, counters) should see torch's own operators."
-    if transformed():
+    if needs_derivatives():
         return "Function transforms and forward-mode derivatives need torch's own operators."
     return None
 

@@ -32,8 +32,8 @@ def topk_mask_portable(scores: Tensor, k: int) -> Tensor:
 @torch.library.custom_op("vitzoo::topk_mask_numpy", mutates_args=())
 def topk_mask_numpy(scores: Tensor, k: int) -> Tensor:
     """The portable definition with numpy's partition, which is vectorised where torch's is not."""
-    exact = scores.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    rows = scores.detach().to(torch.float32 if exact else torch.float64)
+    fits = scores.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    rows = scores.detach().to(torch.float32 if fits else torch.float64)
     rows = rows.contiguous().view(-1, scores.shape[-1])
     mask = torch.empty(rows.shape, dtype=torch.bool)
     threads = torch.get_num_threads() if rows.numel() > _WORTH_THREADS else 1

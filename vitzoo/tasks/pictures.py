@@ -30,12 +30,12 @@ def open_image(file: Any, *, where: str, mode: str = "RGB", upright: bool = True
     """
     try:
         image = file if isinstance(file, Image.Image) else Image.open(file)
-        # The conversion decodes every pixel, so a truncated file fails here and not later.
         # Asked first: the transposition copies images that need none, too.
         if upright and image.getexif().get(_ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
         if mode in ("RGB", "L"):
             image = _eight_bits(image)
+        # The conversion decodes every pixel, so a truncated file fails here and not later.
         return image.convert(mode)
     except FileNotFoundError:
         raise UnreadableSample(where, "no such file") from None

@@ -338,6 +338,7 @@ def neighborhood_attention_portable(
     """Maps only, by tiles."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if exporting() or needs_derivatives():
-        # An exported graph must run where this package is not installed.
+        # An exported graph must run where this package is not installed; torch's own operators also
+        # have all derivatives.
         return neighborhood_attention_flat(q, k, v, bias, kernel_size, dilation, scale)
     return _tiles(q, k, v, bias, kernel_size, dilation, scale)
