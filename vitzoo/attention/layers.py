@@ -33,14 +33,14 @@ register_notrace_module(Linear)
 
 def listened_to(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class says: hooks, or another `forward`."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
     # accelerate, for one, moves weights to the device in a `forward` of the object.
-    return any(hooks) or "forward" in vars(module)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def untouched(layer: nn.Module) -> bool:
@@ -62,9 +62,9 @@ class Mlp(nn.Module):
         self.hidden_dim = hidden_dim
         self.fc1 = Linear(dim, hidden_dim, **factory)
         self.act = nn.GELU()
-        self.drop1 = nn.Dropout(drop)
+        self.drop1 = nn.Dropout(drop) if drop > 0 else nn.Identity()
         self.fc2 = Linear(hidden_dim, dim, **factory)
-        self.drop2 = nn.Dropout(drop)
+        self.drop2 = nn.Dropout(drop) if drop > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""

@@ -102,7 +102,7 @@ class Operator:
         return self.backends[backend].why_not(*args, **kwargs)
 
     def _report(self, backend: str, reason: str) -> None:
-        if torch.compiler.is_compiling() or (self.name, backend) in _reported:
+        if (self.name, backend) in _reported or torch.compiler.is_compiling():
             return
         _reported.add((self.name, backend))
         logger.info("%s: %s is passed over: %s", self.name, backend, reason)

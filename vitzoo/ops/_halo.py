@@ -211,7 +211,7 @@ class _Scratch:
         self.reuse = reuse
         self.selector = selector
         self._keys: Tensor | None = None
-        self._scores: Tensor | None = None
+        self._buffers: Tensor | None = None
 
     def keys(self, windows: Tensor) -> Tensor:
         """(..., window, window, d) -> (N, window^2, d + 2 * window) with the selector appended."""
@@ -234,10 +234,12 @@ class _Scratch:
         if not self.reuse:
             return torch.bmm(q, k.transpose(1, 2)).softmax(-1)
         count = q.shape[0]
-        if self._scores is None or self._scores.shape[0] < count:
-            self._scores = q.new_empty(count, q.shape[1], k.shape[1])
-        scores = torch.bmm(q, k.transpose(1, 2), out=self._scores[:count])
-        return torch.softmax(scores, -1, out=scores)
+        if self._buffers is None or self._buffers.shape[1] < count:
+            self._buffers = q.new_empty(2, count, q.shape[1], k.shape[1])
+        scores, weights = self._buffers[:, :count]
+        torch.bmm(q, k.transpose(1, 2), out=scores)
+        # Not in place: that is slower where a row is no multiple of a vector.
+        return torch.softmax(scores, -1, out=weights)
 
 
 @widen_where_slow

@@ -96,7 +96,7 @@ def _auto_skip(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | N
         return "The product is too small to gain."
     phase = "training" if records_gradient(x, weight, bias) else "inference"
     width = "narrow" if x.shape[-1] <= _NARROW else "wide"
-    if linear_choices()[f"{phase}/{width}"] != "onednn":
+    if (_choices or linear_choices())[f"{phase}/{width}"] != "onednn":
         return "The BLAS is as fast on this machine."
     return None
 

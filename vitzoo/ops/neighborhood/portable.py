@@ -112,8 +112,8 @@ class _Strips:
     def __init__(self, q: Tensor, y: Axis, x: Axis) -> None:
         self.y, self.x = y, x
         self.lead, self.heads = q.shape[:-4], q.shape[-2]
-        # One buffer for the rows of tiles in turn: it stays in the cache.
-        self._scores: Tensor | None = None
+        # Scores and weights of the rows of tiles in turn: they stay in the cache.
+        self._buffers: Tensor | None = None
 
     def _new(self, maps: Tensor, width: int, *, zero: bool) -> Tensor:
         size = (*self.lead, self.heads, self.x.count, self.y.length, width, maps.shape[-1])
@@ -157,14 +157,17 @@ class _Strips:
 
     def weights(self, q: Tensor, k: Tensor, spread: Tensor) -> Tensor:
         """Probabilities (strips, queries, keys) of one row of tiles, gone at the next call."""
-        if self._scores is None or self._scores.shape != (*q.shape[:2], k.shape[1]):
-            self._scores = q.new_empty(*q.shape[:2], k.shape[1])
-        logits = torch.bmm(q, k.transpose(1, 2), out=self._scores)
+        shape = (2, *q.shape[:2], k.shape[1])
+        if self._buffers is None or self._buffers.shape != shape:
+            self._buffers = q.new_empty(shape)
+        # Not in place: where a row is no multiple of a vector that takes up to half as long again.
+        logits, weights = self._buffers
+        torch.bmm(q, k.transpose(1, 2), out=logits)
         # A tile that hangs over the lower end has fewer rows.
         logits.view(-1, self.heads, self.x.count, *logits.shape[1:]).add_(
             spread[:, :, : q.shape[1]]
         )
-        return torch.softmax(logits, -1, out=logits)
+        return torch.softmax(logits, -1, out=weights)
 
 
 def _as_matrices(tiles: Tensor) -> Tensor:
