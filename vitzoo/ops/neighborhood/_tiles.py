@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor
 Pair = Sequence[int]
 
 # Rows and columns of a tile, each with the length up to which one tile takes the whole axis
-# (docs/decisions.md).
+# (docs/decisions.md, "Tiles over strips").
 ROWS = (4, 7)
 COLUMNS = (7, 14)
+# Where rows of tiles follow one another: fewer keys a query, and more, smaller products.
+FEW_ROWS = 2
+FEW_ROWS_UP_TO = 64
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,23 @@ def _rows(axis: Axis) -> list[list[list[int]]]:
     return tiles
 
 
-def axes(maps: Tensor, kernel_size: Pair) -> tuple[Axis, Axis]:
-    """Rows and columns of maps (B, classes, classes, H, W, heads, d), cut into tiles."""
-    found = []
-    for length, kernel, (tile, whole) in zip(
-        maps.shape[3:5], kernel_size, (ROWS, COLUMNS), strict=True
-    ):
-        tile = max(tile, kernel // 2)
-        found.append(Axis(length, kernel, length if length <= max(whole, tile) else tile))
-    return found[0], found[1]
+def axes(maps: Tensor, kernel_size: Pair, *, in_turn: bool = False) -> tuple[Axis, Axis]:
+    """Rows and columns of maps (B, classes, classes, H, W, heads, d), cut into tiles.
+
+    Args:
+        maps: what is cut.
+        kernel_size: keys per axis.
+        in_turn: whether rows of tiles are computed one after the other, not all at once.
+    """
+    y = _axis(maps.shape[3], kernel_size[0], *ROWS)
+    if in_turn and y.count > 1 and y.length <= FEW_ROWS_UP_TO:
+        y = replace(y, tile=max(FEW_ROWS, y.kernel_size // 3))
+    return y, _axis(maps.shape[4], kernel_size[1], *COLUMNS)
+
+
+def _axis(length: int, kernel_size: int, tile: int, whole: int) -> Axis:
+    tile = max(tile, kernel_size // 2)
+    return Axis(length, kernel_size, length if length <= max(whole, tile) else tile)
 
 
 def classes(x: Tensor, dilation: Pair) -> Iterator[Tensor]:

@@ -107,7 +107,11 @@ def _key_strips(maps: Tensor, strips: Tensor, axis: Axis) -> Iterator[tuple[Tens
 
 
 class _Strips:
-    """The strips of a batch of maps, and the rectangles of their tiles."""
+    """The strips of a batch of maps, and the rectangles of their tiles.
+
+    Strips are matrices (strips, positions, d), one below the other: (..., heads, count) strips of
+    whole columns, whose positions run row by row.
+    """
 
     def __init__(self, q: Tensor, y: Axis, x: Axis) -> None:
         self.y, self.x = y, x
@@ -120,40 +124,61 @@ class _Strips:
         return maps.new_zeros(size) if zero else maps.new_empty(size)
 
     def queries(self, maps: Tensor, scale: float | None = None) -> Tensor:
-        """Maps -> strips (..., heads, count, H, tile, d), times `scale`."""
+        """Maps -> strips as wide as a tile, times `scale`."""
         # The last strip may hang over the map's end.
         strips = self._new(maps, self.x.tile, zero=self.x.length % self.x.tile != 0)
         for here, there in _query_strips(maps, strips):
             there.copy_(here)
-        return strips if scale is None else strips.mul_(scale)
+        return _as_matrices(strips if scale is None else strips.mul_(scale))
 
     def keys(self, maps: Tensor) -> Tensor:
-        """Maps -> strips (..., heads, count, H, span, d)."""
+        """Maps -> strips as wide as a rectangle of keys."""
         strips = self._new(maps, self.x.span, zero=False)
         for here, there in _key_strips(maps, strips, self.x):
             there.copy_(here)
-        return strips
+        return _as_matrices(strips)
 
-    def zero_keys(self, maps: Tensor) -> Tensor:
-        """Strips of zeros for the gradient of keys or values."""
-        return self._new(maps, self.x.span, zero=True)
+    def zero_keys(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Strips of zeros for the gradient of keys or values, and the same as matrices."""
+        strips = self._new(maps, self.x.span, zero=True)
+        return strips, _as_matrices(strips)
 
-    def query_tile(self, strips: Tensor, i: int) -> Tensor:
-        """(strips, queries, d) of row i of tiles."""
-        rows = slice(i * self.y.tile, min((i + 1) * self.y.tile, self.y.length))
-        return _as_matrices(strips[..., rows, :, :])
+    def query_tiles(self, strips: Tensor) -> tuple[Tensor, ...]:
+        """(strips, queries, d) of each row of tiles; the last may have fewer rows."""
+        return strips.split(self.y.tile * self.x.tile, 1)
 
-    def key_tile(self, strips: Tensor, i: int) -> Tensor:
-        """(strips, keys, d) of row i of tiles."""
-        start = self.y.start(i)
-        return _as_matrices(strips[..., start : start + self.y.span, :, :])
+    def key_tiles(self, strips: Tensor) -> list[Tensor]:
+        """(strips, keys, d) of each row of tiles."""
+        width, keys = self.x.span, self.y.span * self.x.span
+        return [strips.narrow(1, self.y.start(i) * width, keys) for i in range(self.y.count)]
 
-    def write(self, maps: Tensor, i: int, tiles: Tensor) -> None:
-        """Write (strips, queries, d) of row i of tiles to their place in the maps."""
-        rows = maps[..., i * self.y.tile : (i + 1) * self.y.tile, :, :, :]
-        size = (*self.lead, self.heads, self.x.count, rows.shape[-4], self.x.tile, tiles.shape[-1])
-        for here, there in _query_strips(rows, tiles.view(size)):
-            here.copy_(there)
+    def places(self, maps: Tensor) -> list[tuple[Tensor, ...]]:
+        """What each row of tiles covers of the maps, in the order of a tile's results.
+
+        Of one or two views (..., heads, count, rows, columns, d) the second is the part of the last
+        strip that lies on the map.
+        """
+        tile = self.x.tile
+        full, rest = divmod(self.x.length, tile)
+        views = []
+        if full:
+            tiled = maps[..., : full * tile, :, :].unflatten(-3, (full, tile))
+            views.append(tiled.movedim((-2, -4), (-5, -4)))
+        if rest:
+            views.append(maps[..., full * tile :, :, :].movedim(-2, -4).unsqueeze(-4))
+        return list(zip(*(view.split(self.y.tile, -3) for view in views), strict=True))
+
+    def write(self, places: tuple[Tensor, ...], tiles: Tensor) -> None:
+        """Write (strips, queries, d) of one row of tiles to its places."""
+        rows = places[0].shape[-3]
+        shape = (*self.lead, self.heads, self.x.count, rows, self.x.tile, tiles.shape[-1])
+        tiles = tiles.view(shape)
+        first = 0
+        for place in places:
+            count, columns = place.shape[-4], place.shape[-2]
+            of_place = tiles.narrow(-4, first, count) if len(places) > 1 else tiles
+            place.copy_(of_place if columns == self.x.tile else of_place[..., :columns, :])
+            first += count
 
     def weights(self, q: Tensor, k: Tensor, spread: Tensor) -> Tensor:
         """Probabilities (strips, queries, keys) of one row of tiles, gone at the next call."""
@@ -163,15 +188,16 @@ class _Strips:
         # Not in place: where a row is no multiple of a vector that takes up to half as long again.
         logits, weights = self._buffers
         torch.bmm(q, k.transpose(1, 2), out=logits)
-        # A tile that hangs over the lower end has fewer rows.
-        logits.view(-1, self.heads, self.x.count, *logits.shape[1:]).add_(
-            spread[:, :, : q.shape[1]]
-        )
+        if spread.shape[2] > q.shape[1]:
+            # A tile that hangs over the lower end has fewer rows.
+            spread = spread[:, :, : q.shape[1]]
+        logits.view(-1, self.heads, self.x.count, *logits.shape[1:]).add_(spread)
         return torch.softmax(logits, -1, out=weights)
 
 
-def _as_matrices(tiles: Tensor) -> Tensor:
-    return tiles.flatten(-3, -2).flatten(0, -3)
+def _as_matrices(strips: Tensor) -> Tensor:
+    """(..., H, width, d) -> (strips, H * width, d)."""
+    return strips.flatten(-3, -2).flatten(0, -3)
 
 
 def _chunks(q: Tensor, y: Axis, x: Axis) -> Iterator[slice]:
@@ -193,15 +219,21 @@ def _forward(
 ) -> Tensor:
     out = v.new_empty(*q.shape[:-1], v.shape[-1])
     for maps in zip(*(classes(t, dilation) for t in (q, k, v, out)), strict=True):
-        y, x = axes(maps[0], kernel_size)
+        y, x = axes(maps[0], kernel_size, in_turn=True)
         table = Table(bias, y, x, q)
         for images in _chunks(maps[0], y, x):
             q_maps, k_maps, v_maps, out_maps = (t[images] for t in maps)
             strips = _Strips(q_maps, y, x)
-            qs, ks, vs = strips.queries(q_maps, scale), strips.keys(k_maps), strips.keys(v_maps)
-            for i in range(y.count):
-                weights = strips.weights(strips.query_tile(qs, i), strips.key_tile(ks, i), table[i])
-                strips.write(out_maps, i, torch.bmm(weights, strips.key_tile(vs, i)))
+            rows = zip(
+                strips.query_tiles(strips.queries(q_maps, scale)),
+                strips.key_tiles(strips.keys(k_maps)),
+                strips.key_tiles(strips.keys(v_maps)),
+                strips.places(out_maps),
+                strict=True,
+            )
+            for i, (queries, keys, values, places) in enumerate(rows):
+                weights = strips.weights(queries, keys, table[i])
+                strips.write(places, torch.bmm(weights, values))
     return out
 
 
@@ -219,7 +251,7 @@ def _backward(
     grad_bias = q.new_zeros(0) if bias is None else torch.zeros_like(bias)
     all_maps = (q, k, v, grad, dq, dk, dv)
     for maps in zip(*(classes(t, dilation) for t in all_maps), strict=True):
-        y, x = axes(maps[0], kernel_size)
+        y, x = axes(maps[0], kernel_size, in_turn=True)
         table = Table(bias, y, x, q)
         spread: dict[int, Tensor] = {}
         for images in _chunks(maps[0], y, x):
@@ -235,23 +267,29 @@ def _backward_chunk(
     """Add a few images' gradients to the last three of `maps` and to `spread`."""
     q_maps, k_maps, v_maps, grad_maps, dq_maps, dk_maps, dv_maps = maps
     strips = _Strips(q_maps, table.y, table.x)
-    qs, ks, vs = strips.queries(q_maps, scale), strips.keys(k_maps), strips.keys(v_maps)
-    grads = strips.queries(grad_maps)
-    dks, dvs = strips.zero_keys(k_maps), strips.zero_keys(v_maps)
-    for i in range(table.y.count):
-        q, grad = strips.query_tile(qs, i), strips.query_tile(grads, i)
-        k, v = strips.key_tile(ks, i), strips.key_tile(vs, i)
+    (dk_strips, dks), (dv_strips, dvs) = strips.zero_keys(k_maps), strips.zero_keys(v_maps)
+    rows = zip(
+        strips.query_tiles(strips.queries(q_maps, scale)),
+        strips.query_tiles(strips.queries(grad_maps)),
+        strips.key_tiles(strips.keys(k_maps)),
+        strips.key_tiles(strips.keys(v_maps)),
+        strips.places(dq_maps),
+        strips.key_tiles(dks),
+        strips.key_tiles(dvs),
+        strict=True,
+    )
+    for i, (q, grad, k, v, places, dk, dv) in enumerate(rows):
         weights = strips.weights(q, k, table[i])
         d_logits = torch.ops.aten._softmax_backward_data(
             torch.bmm(grad, v.transpose(1, 2)), weights, -1, weights.dtype
         )
         # Products into fresh memory: the CPU's batched product is slow with strided outputs.
-        strips.write(dq_maps, i, torch.bmm(d_logits, k).mul_(scale))
-        strips.key_tile(dks, i).add_(torch.bmm(d_logits.transpose(1, 2), q))
-        strips.key_tile(dvs, i).add_(torch.bmm(weights.transpose(1, 2), grad))
+        strips.write(places, torch.bmm(d_logits, k).mul_(scale))
+        dk.add_(torch.bmm(d_logits.transpose(1, 2), q))
+        dv.add_(torch.bmm(weights.transpose(1, 2), grad))
         if table.learned:
             table.collect(spread, i, d_logits)
-    for d_maps, d_strips in ((dk_maps, dks), (dv_maps, dvs)):
+    for d_maps, d_strips in ((dk_maps, dk_strips), (dv_maps, dv_strips)):
         for here, there in _key_strips(d_maps, d_strips, table.x):
             here.add_(there)
 
