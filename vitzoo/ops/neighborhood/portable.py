@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._half import widen_where_slow
-from vitzoo.ops._onednn import needs_derivatives
+from vitzoo.ops._onednn import needs_derivatives, records_gradient, why_not_apart
 from vitzoo.ops._sides import exporting
 from vitzoo.ops.neighborhood._tiles import Axis, Pair, axes, classes
 from vitzoo.ops.neighborhood.flat import neighborhood_attention_flat
@@ -113,9 +113,10 @@ class _Strips:
     whole columns, whose positions run row by row.
     """
 
-    def __init__(self, q: Tensor, y: Axis, x: Axis) -> None:
+    def __init__(self, q: Tensor, y: Axis, x: Axis, scale: float) -> None:
         self.y, self.x = y, x
         self.lead, self.heads = q.shape[:-4], q.shape[-2]
+        self.scale = scale
         # Scores and weights of the rows of tiles in turn: they stay in the cache.
         self._buffers: Tensor | None = None
 
@@ -123,13 +124,13 @@ class _Strips:
         size = (*self.lead, self.heads, self.x.count, self.y.length, width, maps.shape[-1])
         return maps.new_zeros(size) if zero else maps.new_empty(size)
 
-    def queries(self, maps: Tensor, scale: float | None = None) -> Tensor:
-        """Maps -> strips as wide as a tile, times `scale`."""
+    def queries(self, maps: Tensor) -> Tensor:
+        """Maps -> strips as wide as a tile."""
         # The last strip may hang over the map's end.
         strips = self._new(maps, self.x.tile, zero=self.x.length % self.x.tile != 0)
         for here, there in _query_strips(maps, strips):
             there.copy_(here)
-        return _as_matrices(strips if scale is None else strips.mul_(scale))
+        return _as_matrices(strips)
 
     def keys(self, maps: Tensor) -> Tensor:
         """Maps -> strips as wide as a rectangle of keys."""
@@ -187,7 +188,8 @@ class _Strips:
             self._buffers = q.new_empty(shape)
         # Not in place: where a row is no multiple of a vector that takes up to half as long again.
         logits, weights = self._buffers
-        torch.bmm(q, k.transpose(1, 2), out=logits)
+        # With beta 0 what the buffer holds is not read.
+        torch.baddbmm(logits, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=logits)
         if spread.shape[2] > q.shape[1]:
             # A tile that hangs over the lower end has fewer rows.
             spread = spread[:, :, : q.shape[1]]
@@ -223,9 +225,9 @@ def _forward(
         table = Table(bias, y, x, q)
         for images in _chunks(maps[0], y, x):
             q_maps, k_maps, v_maps, out_maps = (t[images] for t in maps)
-            strips = _Strips(q_maps, y, x)
+            strips = _Strips(q_maps, y, x, scale)
             rows = zip(
-                strips.query_tiles(strips.queries(q_maps, scale)),
+                strips.query_tiles(strips.queries(q_maps)),
                 strips.key_tiles(strips.keys(k_maps)),
                 strips.key_tiles(strips.keys(v_maps)),
                 strips.places(out_maps),
@@ -266,10 +268,10 @@ def _backward_chunk(
 ) -> None:
     """Add a few images' gradients to the last three of `maps` and to `spread`."""
     q_maps, k_maps, v_maps, grad_maps, dq_maps, dk_maps, dv_maps = maps
-    strips = _Strips(q_maps, table.y, table.x)
+    strips = _Strips(q_maps, table.y, table.x, scale)
     (dk_strips, dks), (dv_strips, dvs) = strips.zero_keys(k_maps), strips.zero_keys(v_maps)
     rows = zip(
-        strips.query_tiles(strips.queries(q_maps, scale)),
+        strips.query_tiles(strips.queries(q_maps)),
         strips.query_tiles(strips.queries(grad_maps)),
         strips.key_tiles(strips.keys(k_maps)),
         strips.key_tiles(strips.keys(v_maps)),
@@ -285,7 +287,7 @@ def _backward_chunk(
         )
         # Products into fresh memory: the CPU's batched product is slow with strided outputs.
         strips.write(places, torch.bmm(d_logits, k).mul_(scale))
-        dk.add_(torch.bmm(d_logits.transpose(1, 2), q))
+        dk.add_(torch.bmm(d_logits.transpose(1, 2), q), alpha=scale)
         dv.add_(torch.bmm(weights.transpose(1, 2), grad))
         if table.learned:
             table.collect(spread, i, d_logits)
@@ -382,4 +384,8 @@ def neighborhood_attention_portable(
         # An exported graph must run where this package is not installed; torch's own operators also
         # have all derivatives.
         return neighborhood_attention_flat(q, k, v, bias, kernel_size, dilation, scale)
+    if not records_gradient(q, k, v, bias) and why_not_apart(q, k, v, bias) is None:
+        # The way to an operator of our own takes torch as long as a small product.
+        with _without_autocast(q):
+            return _forward(q, k, v, bias, kernel_size, dilation, scale)
     return _tiles(q, k, v, bias, kernel_size, dilation, scale)
