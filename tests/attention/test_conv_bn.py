@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitzoo.attention import conv_bn
 from vitzoo.attention.conv_bn import ConvBnAct, ResidualConvBn
+from vitzoo.ops import use_backend
 
 
 def make_source(*, bias: bool = False, act: bool = True) -> ConvNormAct:
@@ -126,3 +127,15 @@ def test_hooks_and_a_norm_in_training_keep_the_steps_apart(packed: list[torch.Si
     assert heard == ["conv"]
     assert packed == []
     assert not torch.equal(source.bn.running_mean, before)
+
+
+@torch.no_grad()
+def test_the_reference_is_a_convolution_and_a_norm(packed: list[torch.Size]) -> None:
+    source = make_source()
+    module = ConvBnAct(source).eval()
+    x = torch.randn(2, 16, 5, 7).contiguous(memory_format=torch.channels_last)
+    with use_backend("reference"):
+        assert torch.equal(module(x), source(x))
+        assert not packed
+    module(x)
+    assert len(packed) == 1

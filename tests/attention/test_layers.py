@@ -12,6 +12,7 @@ from vitzoo.attention import layers
 from vitzoo.attention.halo import MaskedHaloAttention
 from vitzoo.attention.layers import DepthwiseResidual, Mlp, add_conv, add_mlp
 from vitzoo.attention.routing import BiLevelRoutingAttention
+from vitzoo.ops import use_backend
 
 
 def test_an_mlp_with_and_without_gradients() -> None:
@@ -64,6 +65,20 @@ def test_a_convolution_and_a_sum_on_one_position() -> None:
     with torch.inference_mode():
         expected = x + conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         torch.testing.assert_close(add_conv(x, conv, x), expected)
+
+
+def test_the_reference_is_a_convolution_and_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused: list[object] = []
+    run = layers.onednn_sum
+    monkeypatch.setattr(layers, "onednn_sum", lambda *args: fused.append(args) or run(*args))
+    conv, x = nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.randn(3, 5, 4, 8)
+    with torch.inference_mode():
+        expected = x + conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        torch.testing.assert_close(add_conv(x, conv, x), expected)
+        assert len(fused) == 1
+        with use_backend("reference"):
+            assert torch.equal(add_conv(x, conv, x), expected)
+    assert len(fused) == 1
 
 
 def make_half_block(width: int = 8) -> tuple[nn.LayerNorm, Mlp, nn.Module]:

@@ -11,7 +11,7 @@ import torch
 from timm.layers import BatchNormAct2d, ConvNormAct, register_notrace_module
 from torch import Tensor, nn
 
-from vitzoo.attention.layers import listened_to, onednn_sum
+from vitzoo.attention.layers import listened_to, may_fuse, onednn_sum
 from vitzoo.ops._derived import Derived
 from vitzoo.ops._onednn import records_gradient, takes_sum, why_not_onednn
 
@@ -88,7 +88,7 @@ def fuse_conv_bn(module: nn.Module) -> None:
 def _fusible(module: ConvBnAct | ResidualConvBn, x: Tensor, shortcut: Tensor | None = None) -> bool:
     """Whether one oneDNN call may stand for the module's steps."""
     conv, bn = module.conv, module.bn
-    if module.training or bn.training:
+    if module.training or bn.training or not may_fuse():
         return False
     if type(conv) is not nn.Conv2d or type(bn) is not BatchNormAct2d:
         return False

@@ -11,6 +11,7 @@ from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from vitzoo.ops import linear, linear_gelu
+from vitzoo.ops._dispatch import forced_for_all
 from vitzoo.ops._onednn import records_gradient, takes_sum, why_not_apart, why_not_onednn
 from vitzoo.ops._sides import overhang, symbolic
 
@@ -175,7 +176,7 @@ def add_conv(x: Tensor, conv: nn.Conv2d, other: Tensor) -> Tensor:
 
     In inference one oneDNN call, which reads `other` where it writes the sum.
     """
-    other_layer = type(conv) is not nn.Conv2d or listened_to(conv)
+    other_layer = not may_fuse() or type(conv) is not nn.Conv2d or listened_to(conv)
     unfit = other_layer or records_gradient(x, other, conv.weight, conv.bias)
     unfit = unfit or why_not_onednn(x, other, conv.weight) is not None
     # Asked last: a compiler would remember the question for a map's size.
@@ -183,6 +184,11 @@ def add_conv(x: Tensor, conv: nn.Conv2d, other: Tensor) -> Tensor:
         return other + conv_channels_last(x, conv)
     x, other = x.permute(0, 3, 1, 2), other.permute(0, 3, 1, 2)
     return onednn_sum(conv, x, other, conv.weight, conv.bias).permute(0, 2, 3, 1)
+
+
+def may_fuse() -> bool:
+    """Whether a convolution may be one step with what surrounds it: not under `reference`."""
+    return forced_for_all() != "reference"
 
 
 def onednn_sum(

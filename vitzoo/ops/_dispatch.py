@@ -126,6 +126,14 @@ def forced_backend(operator: str) -> str:
     return "auto"
 
 
+def forced_for_all() -> str:
+    """The backend that `use_backend` or the environment asks of all operators, else `auto`."""
+    global _environment
+    if _environment is None:
+        _environment = _read_environment()
+    return _forced.get("*") or _environment.get("*") or "auto"
+
+
 def replaceable(*operators: str) -> bool:
     """Whether a caller may compute these operators together with layers around them.
 

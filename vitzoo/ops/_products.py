@@ -1,7 +1,7 @@
 """Attention inside the cells of a map from batched products, for inference on the CPU.
 
 torch's fused kernel calls the BLAS for 32 queries of one head at a time. On short sequences one
-batched product over many cells and heads, with a softmax in place, is up to twice as fast.
+batched product over many cells and heads, and a softmax over all of them, is up to twice as fast.
 """
 
 from __future__ import annotations
