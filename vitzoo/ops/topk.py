@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._onednn import why_not_apart
 from vitzoo.ops._sides import exporting, symbolic
 
 
@@ -29,47 +27,29 @@ def topk_mask_portable(scores: Tensor, k: int) -> Tensor:
     return larger | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
 
 
-@torch.library.custom_op("vitzoo::topk_mask_numpy", mutates_args=())
-def topk_mask_numpy(scores: Tensor, k: int) -> Tensor:
-    """The portable definition with numpy's partition, which is vectorised where torch's is not."""
+# What stays in a core's cache together with its partitioned copy. On one thread: after torch's own
+# operators its second one waits busily on the other core, and two of Python's gain nothing.
+_PART_BYTES = 1 << 20
+
+
+def _mark_largest(scores: Tensor, k: int) -> Tensor:
     fits = scores.dtype in (torch.float16, torch.bfloat16, torch.float32)
     rows = scores.detach().to(torch.float32 if fits else torch.float64)
     rows = rows.contiguous().view(-1, scores.shape[-1])
+    # Floats that are not negative order like their bits, and integers spare numpy looking for NaN.
+    bits = rows.view(torch.int32 if fits else torch.int64)
+    values = rows if bits.numel() and bits.min() < 0 else bits
     mask = torch.empty(rows.shape, dtype=torch.bool)
-    threads = torch.get_num_threads() if rows.numel() > _WORTH_THREADS else 1
-    parts, outs = rows.chunk(threads), mask.chunk(threads)
-    run = map if len(parts) < 2 else _pool(os.getpid(), threads).map
-    list(run(_mark_parts, parts, outs, itertools.repeat(k)))
+    count = max(1, _PART_BYTES // (rows.element_size() * max(1, rows.shape[1])))
+    for part, marks in zip(values.split(count), mask.split(count), strict=True):
+        _mark_part(part.numpy(), marks.numpy(), k)
     return mask.view(scores.shape)
 
 
-_WORTH_THREADS = 1 << 20
-# What stays in a core's cache together with its partitioned copy. Not less: every call into numpy
-# hands the interpreter's lock over, which is slow.
-_PART_BYTES = 1 << 19
-
-
-@functools.cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process; a fork's copy of the object would have none."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="vitzoo-topk")
-
-
-def _mark_parts(scores: Tensor, out: Tensor, k: int) -> None:
-    """`_mark_largest`, a few rows at a time."""
-    rows = max(1, _PART_BYTES // (scores.element_size() * max(1, scores.shape[-1])))
-    for part, marks in zip(scores.split(rows), out.split(rows), strict=True):
-        _mark_largest(part, marks, k)
-
-
-def _mark_largest(scores: Tensor, out: Tensor, k: int) -> None:
-    """Fill `out` (rows, N) with the mask of the k largest scores of each row."""
+def _mark_part(values: Any, mask: Any, k: int) -> None:
+    """Fill `mask` (rows, N) with the k largest values of each row, both numpy arrays."""
     import numpy as np
 
-    rows, mask = scores.numpy(), out.numpy()
-    # Floats that are not negative order like their bits, and integers spare numpy looking for NaN.
-    bits = rows.view(np.int32 if rows.itemsize == 4 else np.int64)
-    values = rows if bits.size and bits.min() < 0 else bits
     at = values.shape[1] - k
     kth = np.partition(values, at, axis=-1)[:, at, None]
     np.greater_equal(values, kth, out=mask)
@@ -80,9 +60,20 @@ def _mark_largest(scores: Tensor, out: Tensor, k: int) -> None:
         mask[tied] = larger | (equal & (np.cumsum(equal, axis=-1) <= room))
 
 
-@topk_mask_numpy.register_fake
+@torch.library.custom_op("vitzoo::topk_mask_numpy", mutates_args=())
+def _topk_mask_numpy(scores: Tensor, k: int) -> Tensor:
+    return _mark_largest(scores, k)
+
+
+@_topk_mask_numpy.register_fake
 def _(scores: Tensor, k: int) -> Tensor:
     return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+
+
+def topk_mask_numpy(scores: Tensor, k: int) -> Tensor:
+    """The portable definition with numpy's partition, which is vectorised where torch's is not."""
+    # The way to an operator of our own takes torch as long as the selection of a few rows.
+    return (_mark_largest if why_not_apart(scores) is None else _topk_mask_numpy)(scores, k)
 
 
 def _numpy_why_not(scores: Tensor, k: int) -> str | None:
