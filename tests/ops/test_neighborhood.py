@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tests.golden_cases import GoldenCase, draw_input, draw_weight, load_case
 from vitzoo.ops import neighborhood_attention
@@ -26,6 +27,7 @@ CASES = [
     ((7, 9), 7, 1),
     ((13, 30), 5, 1),
     ((17, 29), 7, 1),
+    ((67, 9), 7, 1),
     ((16, 15), 7, 2),
     ((28, 9), (3, 9), (4, 1)),
     ((30, 17), (13, 3), (1, 5)),
@@ -245,3 +247,32 @@ def test_what_runs_out_of_registers_in_triton_is_asked_of_the_computed_dtype() -
     assert _why_not_triton(q, q, q, kernel_size=(3, 3), bias=bias.detach()) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert _why_not_triton(q, q, q, kernel_size=(3, 3), bias=bias) is None
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_and_training_agree(scale: float | None, dtype: torch.dtype) -> None:
+    tensors = inputs((17, 9), (7, 7), dtype)
+    options = {"kernel_size": 7, "bias": tensors[3], "scale": scale, "backend": "portable"}
+    recorded = neighborhood_attention(*tensors[:3], **options)
+    with torch.inference_mode():
+        assert torch.equal(neighborhood_attention(*tensors[:3], **options), recorded)
+    expected = neighborhood_attention(*tensors[:3], **options | {"backend": "reference"})
+    bound = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(recorded, expected, rtol=bound, atol=bound)
+
+
+def test_inference_ignores_autocast() -> None:
+    q, k, v, bias = (t.detach() for t in inputs((9, 8), (7, 7)))
+    expected = neighborhood_attention(q, k, v, kernel_size=7, bias=bias, backend="portable")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = neighborhood_attention(q, k, v, kernel_size=7, bias=bias, backend="portable")
+    assert torch.equal(found, expected)
+
+
+def test_fake_tensors_meet_the_operator() -> None:
+    with FakeTensorMode():
+        q, v = torch.empty(2, 9, 8, 2, 8), torch.empty(2, 9, 8, 2, 12)
+        out = neighborhood_attention(q, q, v, kernel_size=7, backend="portable")
+        assert isinstance(out, FakeTensor)
+        assert out.shape == v.shape

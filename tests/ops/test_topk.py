@@ -40,6 +40,12 @@ def test_ties_go_to_the_left(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", EXACT)
+def test_zeros_are_equal_whatever_their_sign(backend: str) -> None:
+    x = torch.tensor([[-0.0, 0.0, 1.0], [0.0, -0.0, 1.0]])
+    assert topk_mask(x, 2, backend=backend).int().tolist() == [[1, 0, 1]] * 2
+
+
+@pytest.mark.parametrize("backend", EXACT)
 def test_rows_that_exclude_entries(backend: str) -> None:
     x = scores(6, 10).masked_fill(torch.arange(10) > 6, float("-inf"))
     assert torch.equal(topk_mask(x, 4, backend=backend), topk_mask_reference(x, 4))

@@ -88,14 +88,14 @@ def fuse_conv_bn(module: nn.Module) -> None:
 def _fusible(module: ConvBnAct | ResidualConvBn, x: Tensor, shortcut: Tensor | None = None) -> bool:
     """Whether one oneDNN call may stand for the module's steps."""
     conv, bn = module.conv, module.bn
-    if module.training or bn.training or not may_fuse():
+    if module.training or bn.training:
         return False
     if type(conv) is not nn.Conv2d or type(bn) is not BatchNormAct2d:
         return False
     if any(listened_to(m) for m in (conv, bn, bn.act)):
         return False
     tensors = (x, shortcut, *conv.parameters(), *bn.parameters())
-    if records_gradient(*tensors) or why_not_onednn(*tensors) is not None:
+    if records_gradient(*tensors) or why_not_onednn(*tensors) is not None or not may_fuse():
         return False
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False

@@ -63,9 +63,9 @@ class Mlp(nn.Module):
         self.hidden_dim = hidden_dim
         self.fc1 = Linear(dim, hidden_dim, **factory)
         self.act = nn.GELU()
-        self.drop1 = nn.Dropout(drop) if drop > 0 else nn.Identity()
+        self.drop1 = nn.Dropout(drop)
         self.fc2 = Linear(hidden_dim, dim, **factory)
-        self.drop2 = nn.Dropout(drop) if drop > 0 else nn.Identity()
+        self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
@@ -151,7 +151,7 @@ class DepthwiseResidual(nn.Module):
 
 def depthwise_residual(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """x + conv(x) for a stride-1 depthwise `conv` and x (B, H, W, C)."""
-    if listened_to(conv):
+    if listened_to(conv) or not may_fuse():
         return x + conv_channels_last(x, conv)
     centre = conv.kernel_size[0] // 2
     identity = torch.zeros_like(conv.weight)
@@ -176,9 +176,9 @@ def add_conv(x: Tensor, conv: nn.Conv2d, other: Tensor) -> Tensor:
 
     In inference one oneDNN call, which reads `other` where it writes the sum.
     """
-    other_layer = not may_fuse() or type(conv) is not nn.Conv2d or listened_to(conv)
+    other_layer = type(conv) is not nn.Conv2d or listened_to(conv)
     unfit = other_layer or records_gradient(x, other, conv.weight, conv.bias)
-    unfit = unfit or why_not_onednn(x, other, conv.weight) is not None
+    unfit = unfit or why_not_onednn(x, other, conv.weight) is not None or not may_fuse()
     # Asked last: a compiler would remember the question for a map's size.
     if unfit or not takes_sum(other.permute(0, 3, 1, 2)):
         return other + conv_channels_last(x, conv)
@@ -188,7 +188,7 @@ def add_conv(x: Tensor, conv: nn.Conv2d, other: Tensor) -> Tensor:
 
 def may_fuse() -> bool:
     """Whether a convolution may be one step with what surrounds it: not under `reference`."""
-    return forced_for_all() != "reference"
+    return forced_for_all(("onednn", "reference")) != "reference"
 
 
 def onednn_sum(

@@ -75,7 +75,7 @@ class SparseAttention(nn.Module):
         self.reconstruct = False
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.proj = Linear(dim, dim, **factory)
-        self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0 else nn.Identity()
+        self.proj_drop = nn.Dropout(proj_drop)
         self.mask_predictor = None
         if sparsity is not None:
             self.mask_predictor = ConnectivityPredictor(

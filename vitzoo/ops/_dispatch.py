@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,10 +114,7 @@ def forced_backend(operator: str) -> str:
     The environment is `VITZOO_BACKEND_<OPERATOR>`, then `VITZOO_BACKEND`, which only binds
     operators that have a backend of that name.
     """
-    global _environment
-    if _environment is None:
-        _environment = _read_environment()
-    for settings in (_forced, _environment):
+    for settings in (_forced, _settings()):
         if operator in settings:
             return settings[operator]
         name = settings.get("*")
@@ -126,12 +123,21 @@ def forced_backend(operator: str) -> str:
     return "auto"
 
 
-def forced_for_all() -> str:
-    """The backend that `use_backend` or the environment asks of all operators, else `auto`."""
+def forced_for_all(backends: Collection[str]) -> str:
+    """What all operators are asked to take, for a step that is none and has these backends."""
+    for settings in (_forced, _settings()):
+        name = settings.get("*")
+        if name is not None and (name == "auto" or name in backends):
+            return name
+    return "auto"
+
+
+def _settings() -> dict[str, str]:
+    """Backends that the environment asks for, by operator."""
     global _environment
     if _environment is None:
         _environment = _read_environment()
-    return _forced.get("*") or _environment.get("*") or "auto"
+    return _environment
 
 
 def replaceable(*operators: str) -> bool:
@@ -170,6 +176,8 @@ def _check_backend(name: str, asked: Sequence[Operator], where: str) -> None:
 @contextmanager
 def use_backend(name: str, *, operator: str | None = None) -> Iterator[None]:
     """Force a backend inside a `with` block, for one operator or for all that have it.
+
+    `reference` for all also keeps convolutions apart from the norms and sums around them.
 
     Args:
         name: a backend's name, or `auto`.

@@ -235,10 +235,10 @@ class _Scratch:
             return torch.bmm(q, k.transpose(1, 2)).softmax(-1)
         count = q.shape[0]
         if self._buffers is None or self._buffers.shape[1] < count:
-            self._buffers = q.new_empty(2, count, q.shape[1], k.shape[1])
-        scores, weights = self._buffers[:, :count]
+            # On a CPU not in place: torch's softmax is slower then on rows that no vector divides.
+            self._buffers = q.new_empty(2 if q.is_cpu else 1, count, q.shape[1], k.shape[1])
+        scores, weights = self._buffers[0, :count], self._buffers[-1, :count]
         torch.bmm(q, k.transpose(1, 2), out=scores)
-        # Not in place: that is slower where a row is no multiple of a vector.
         return torch.softmax(scores, -1, out=weights)
 
 

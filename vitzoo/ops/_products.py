@@ -13,7 +13,7 @@ from vitzoo.ops._onednn import records_gradient, why_not_onednn
 
 Grid = tuple[int, int]
 
-# Keys, values and scores of one thread at a time, so that they stay in the cache.
+# Keys, values and scores of one thread at a time, so that they stay in the cache with the softmax.
 _PIECE_BYTES = 2 << 20
 # Beyond so many queries of a cell torch's fused kernel has enough to do at a time.
 _MANY_QUERIES = 200

@@ -50,9 +50,9 @@ def channel_attention_portable(
             else nullcontext()
         )
         with autocast:
-            logits = q.float().transpose(-2, -1) @ k.float() * scale
+            logits = (q.float() * scale).transpose(-2, -1) @ k.float()
     else:
-        logits = q.transpose(-2, -1) @ k * scale
+        logits = (q * scale).transpose(-2, -1) @ k
     weights = logits.softmax(-1).to(v.dtype)
     return (v @ weights.transpose(-2, -1)).transpose(1, 2)
 

@@ -15,9 +15,11 @@ Pair = Sequence[int]
 # (docs/decisions.md, "Tiles over strips").
 ROWS = (4, 7)
 COLUMNS = (7, 14)
-# Where rows of tiles follow one another: fewer keys a query, and more, smaller products.
+# Rows of a tile where rows of tiles follow one another: fewer keys a query, and more, smaller
+# products. For kernels and lengths up to these.
 FEW_ROWS = 2
-FEW_ROWS_UP_TO = 64
+FEW_ROWS_KERNEL = 7
+FEW_ROWS_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,12 @@ def axes(maps: Tensor, kernel_size: Pair, *, in_turn: bool = False) -> tuple[Axi
     Args:
         maps: what is cut.
         kernel_size: keys per axis.
-        in_turn: whether rows of tiles are computed one after the other, not all at once.
+        in_turn: whether rows of tiles are computed one after the other, on a CPU.
     """
     y = _axis(maps.shape[3], kernel_size[0], *ROWS)
-    if in_turn and y.count > 1 and y.length <= FEW_ROWS_UP_TO:
-        y = replace(y, tile=max(FEW_ROWS, y.kernel_size // 3))
+    small = y.kernel_size <= FEW_ROWS_KERNEL and y.length <= FEW_ROWS_LENGTH
+    if in_turn and small and y.count > 1:
+        y = replace(y, tile=FEW_ROWS)
     return y, _axis(maps.shape[4], kernel_size[1], *COLUMNS)
 
 

@@ -25,7 +25,8 @@ from vitzoo.ops._sides import exporting
 from vitzoo.ops.neighborhood._tiles import Axis, Pair, axes, classes
 from vitzoo.ops.neighborhood.flat import neighborhood_attention_flat
 
-# Bytes of logits at a time: what stays in the cache, and below what an allocator maps afresh.
+# Bytes of logits at a time, and of weights: what stays in the cache, and below what an allocator
+# maps afresh.
 _CHUNK_BYTES = 8 << 20
 
 
@@ -89,14 +90,31 @@ class Table:
         return total[:, :-1, :-1]
 
 
-def _query_strips(maps: Tensor, strips: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Matching views of maps (..., H, W, heads, d) and strips (..., heads, count, H, tile, d)."""
-    tile = strips.shape[-2]
+def _columns(maps: Tensor, tile: int) -> list[Tensor]:
+    """Views (..., heads, count, H, columns, d) of maps (..., H, W, heads, d).
+
+    All strips as wide as a tile, and behind them what is left of the map, if anything.
+    """
     full, rest = divmod(maps.shape[-3], tile)
-    tiled = maps[..., : full * tile, :, :].unflatten(-3, (full, tile))
-    yield tiled.movedim((-2, -4), (-5, -4)), strips[..., :full, :, :, :]
+    views = []
+    if full:
+        tiled = maps[..., : full * tile, :, :].unflatten(-3, (full, tile))
+        views.append(tiled.movedim((-2, -4), (-5, -4)))
     if rest:
-        yield maps[..., full * tile :, :, :].movedim(-2, -4), strips[..., full, :, :rest, :]
+        views.append(maps[..., full * tile :, :, :].movedim(-2, -4).unsqueeze(-4))
+    return views
+
+
+def _query_strips(columns: Sequence[Tensor], strips: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `_columns` gave, each beside its part of strips (..., heads, count, H, tile, d)."""
+    first = 0
+    for here in columns:
+        last = first + here.shape[-4]
+        if here.shape[-4] == strips.shape[-4] and here.shape[-2] == strips.shape[-2]:
+            yield here, strips
+        else:
+            yield here, strips[..., first:last, :, : here.shape[-2], :]
+        first = last
 
 
 def _key_strips(maps: Tensor, strips: Tensor, axis: Axis) -> Iterator[tuple[Tensor, Tensor]]:
@@ -128,7 +146,7 @@ class _Strips:
         """Maps -> strips as wide as a tile."""
         # The last strip may hang over the map's end.
         strips = self._new(maps, self.x.tile, zero=self.x.length % self.x.tile != 0)
-        for here, there in _query_strips(maps, strips):
+        for here, there in _query_strips(_columns(maps, self.x.tile), strips):
             there.copy_(here)
         return _as_matrices(strips)
 
@@ -154,39 +172,24 @@ class _Strips:
         return [strips.narrow(1, self.y.start(i) * width, keys) for i in range(self.y.count)]
 
     def places(self, maps: Tensor) -> list[tuple[Tensor, ...]]:
-        """What each row of tiles covers of the maps, in the order of a tile's results.
-
-        Of one or two views (..., heads, count, rows, columns, d) the second is the part of the last
-        strip that lies on the map.
-        """
-        tile = self.x.tile
-        full, rest = divmod(self.x.length, tile)
-        views = []
-        if full:
-            tiled = maps[..., : full * tile, :, :].unflatten(-3, (full, tile))
-            views.append(tiled.movedim((-2, -4), (-5, -4)))
-        if rest:
-            views.append(maps[..., full * tile :, :, :].movedim(-2, -4).unsqueeze(-4))
-        return list(zip(*(view.split(self.y.tile, -3) for view in views), strict=True))
+        """What each row of tiles covers of the maps, as `_columns` cuts them."""
+        rows = (view.split(self.y.tile, -3) for view in _columns(maps, self.x.tile))
+        return list(zip(*rows, strict=True))
 
     def write(self, places: tuple[Tensor, ...], tiles: Tensor) -> None:
         """Write (strips, queries, d) of one row of tiles to its places."""
         rows = places[0].shape[-3]
         shape = (*self.lead, self.heads, self.x.count, rows, self.x.tile, tiles.shape[-1])
-        tiles = tiles.view(shape)
-        first = 0
-        for place in places:
-            count, columns = place.shape[-4], place.shape[-2]
-            of_place = tiles.narrow(-4, first, count) if len(places) > 1 else tiles
-            place.copy_(of_place if columns == self.x.tile else of_place[..., :columns, :])
-            first += count
+        for here, there in _query_strips(places, tiles.view(shape)):
+            here.copy_(there)
 
     def weights(self, q: Tensor, k: Tensor, spread: Tensor) -> Tensor:
         """Probabilities (strips, queries, keys) of one row of tiles, gone at the next call."""
         shape = (2, *q.shape[:2], k.shape[1])
         if self._buffers is None or self._buffers.shape != shape:
             self._buffers = q.new_empty(shape)
-        # Not in place: where a row is no multiple of a vector that takes up to half as long again.
+        # Not in place: torch's softmax then takes up to half as long again on rows that no vector
+        # divides.
         logits, weights = self._buffers
         # With beta 0 what the buffer holds is not read.
         torch.baddbmm(logits, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=logits)
@@ -221,7 +224,7 @@ def _forward(
 ) -> Tensor:
     out = v.new_empty(*q.shape[:-1], v.shape[-1])
     for maps in zip(*(classes(t, dilation) for t in (q, k, v, out)), strict=True):
-        y, x = axes(maps[0], kernel_size, in_turn=True)
+        y, x = axes(maps[0], kernel_size, in_turn=q.is_cpu)
         table = Table(bias, y, x, q)
         for images in _chunks(maps[0], y, x):
             q_maps, k_maps, v_maps, out_maps = (t[images] for t in maps)
@@ -253,7 +256,7 @@ def _backward(
     grad_bias = q.new_zeros(0) if bias is None else torch.zeros_like(bias)
     all_maps = (q, k, v, grad, dq, dk, dv)
     for maps in zip(*(classes(t, dilation) for t in all_maps), strict=True):
-        y, x = axes(maps[0], kernel_size, in_turn=True)
+        y, x = axes(maps[0], kernel_size, in_turn=q.is_cpu)
         table = Table(bias, y, x, q)
         spread: dict[int, Tensor] = {}
         for images in _chunks(maps[0], y, x):
@@ -287,7 +290,7 @@ def _backward_chunk(
         )
         # Products into fresh memory: the CPU's batched product is slow with strided outputs.
         strips.write(places, torch.bmm(d_logits, k).mul_(scale))
-        dk.add_(torch.bmm(d_logits.transpose(1, 2), q), alpha=scale)
+        dk.add_(torch.bmm(d_logits.transpose(1, 2), q * scale))
         dv.add_(torch.bmm(weights.transpose(1, 2), grad))
         if table.learned:
             table.collect(spread, i, d_logits)
@@ -380,6 +383,9 @@ def neighborhood_attention_portable(
 ) -> Tensor:
     """Maps only, by tiles."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale == 0:
+        # A product in half precision that is taken zero times leaves its memory as it was.
+        q, scale = q * 0, 1.0
     if exporting() or needs_derivatives():
         # An exported graph must run where this package is not installed; torch's own operators also
         # have all derivatives.
