@@ -163,20 +163,24 @@ def _blocks(q: Tensor, g: Geometry) -> Tensor:
     return q.unflatten(2, (g.columns, s)).unflatten(1, (g.rows, s)).permute(0, 5, 1, 3, 2, 4, 6)
 
 
-def _axial_terms(q: Tensor, tables: Pair, window: int) -> Pair:
+def _read_rows(tables: Pair, window: int, side: int) -> Tensor:
+    """Rows of two tables (2 * window - 1, d) that `side` queries read, one below the other."""
+    # Not the first ones: a key is at most side - 1 before its query.
+    return torch.cat([table[window - side :] for table in tables])
+
+
+def _axial_terms(q: Tensor, read: Tensor, window: int) -> Pair:
     """q . table, read along the diagonals.
 
     Args:
         q: (blocks, side, side, d), unscaled.
-        tables: two of (2 * window - 1, d), indexed by window - 1 + key - query.
+        read: from `_read_rows`; a table is indexed by window - 1 + key - query.
         window: side of a window.
 
     Returns:
         Terms of the key's row and of its column, both (blocks, side, side, window).
     """
     blocks, side = q.shape[:2]
-    # The first rows of a table are never read: a key is at most side - 1 before its query.
-    read = torch.stack([table[window - side :] for table in tables]).flatten(0, 1)
     products = (q @ read.t()).unflatten(-1, (2, -1)).contiguous()
     width = products.shape[-1]
     by_column, by_row, by_block = 2 * width, 2 * width * side, 2 * width * side * side
@@ -211,7 +215,7 @@ class _Scratch:
         self.reuse = reuse
         self.selector = selector
         self._keys: Tensor | None = None
-        self._buffers: Tensor | None = None
+        self._scores: Tensor | None = None
 
     def keys(self, windows: Tensor) -> Tensor:
         """(..., window, window, d) -> (N, window^2, d + 2 * window) with the selector appended."""
@@ -234,12 +238,10 @@ class _Scratch:
         if not self.reuse:
             return torch.bmm(q, k.transpose(1, 2)).softmax(-1)
         count = q.shape[0]
-        if self._buffers is None or self._buffers.shape[1] < count:
-            # On a CPU not in place: torch's softmax is slower then on rows that no vector divides.
-            self._buffers = q.new_empty(2 if q.is_cpu else 1, count, q.shape[1], k.shape[1])
-        scores, weights = self._buffers[0, :count], self._buffers[-1, :count]
-        torch.bmm(q, k.transpose(1, 2), out=scores)
-        return torch.softmax(scores, -1, out=weights)
+        if self._scores is None or self._scores.shape[0] < count:
+            self._scores = q.new_empty(count, q.shape[1], k.shape[1])
+        scores = torch.bmm(q, k.transpose(1, 2), out=self._scores[:count])
+        return torch.softmax(scores, -1, out=scores)
 
 
 @widen_where_slow
@@ -268,10 +270,11 @@ def halo_attention_portable(
     selector = None if axial_bias is None and missing == (None, None) else _selector(g.window, k)
     recorded = records_gradient(q, k, v, *(axial_bias or ()), *(fill or ()))
     blocks = _blocks(q, g)
+    table = None if axial_bias is None else _read_rows(axial_bias, g.window, g.queries)
     if recorded or torch.compiler.is_compiling() or needs_derivatives():
         # Gradients need all scores anyway, and a compiled batch may be symbolic: one chunk.
         windows = _window_pair(k, v, g, fill, in_place=False)
-        queries = _augmented_queries(blocks, g, axial_bias, missing, rows=slice(None), scale=scale)
+        queries = _augmented_queries(blocks, g, table, missing, rows=slice(None), scale=scale)
         out = _attend(queries, *windows, _Scratch(selector, reuse=False), blocks.shape)
     else:
         s = g.queries
@@ -284,7 +287,7 @@ def halo_attention_portable(
                 padded = images
                 keys, values = _window_pair(k[images], v[images], g, fill, in_place=True)
             part = blocks[images, :, rows]
-            queries = _augmented_queries(part, g, axial_bias, missing, rows=rows, scale=scale)
+            queries = _augmented_queries(part, g, table, missing, rows=rows, scale=scale)
             seen = keys[:, :, rows], values[:, :, rows]
             out[images, rows] = _attend(queries, *seen, scratch, part.shape)
     # Not slices: their symbolic lengths are minima, which nest from block to block.
@@ -312,7 +315,7 @@ def _attend(
 def _augmented_queries(
     q: Tensor,
     g: Geometry,
-    axial_bias: Pair | None,
+    table: Tensor | None,
     missing: tuple[Tensor | None, Tensor | None],
     *,
     rows: slice,
@@ -320,14 +323,15 @@ def _augmented_queries(
 ) -> Tensor:
     """[scale * q, row terms, column terms] as (N, side^2, d').
 
-    q is (images, heads, block rows, block columns, side, side, d), the blocks of `rows`.
+    q is (images, heads, block rows, block columns, side, side, d), the blocks of `rows`; `table`
+    is what `_read_rows` gave, None without a bias.
     """
     lead = q.shape[:4]
     q = q.reshape(-1, g.queries, g.queries, q.shape[-1])
     parts = [q * scale]
-    if axial_bias is not None or missing != (None, None):
-        if axial_bias is not None:
-            terms = list(_axial_terms(q, axial_bias, g.window))
+    if table is not None or missing != (None, None):
+        if table is not None:
+            terms = list(_axial_terms(q, table, g.window))
         else:
             terms = [q.new_zeros(*q.shape[:-1], g.window)] * 2
         for axis, absent in enumerate(missing):
