@@ -15,11 +15,10 @@ Pair = Sequence[int]
 # (docs/decisions.md, "Tiles over strips").
 ROWS = (4, 7)
 COLUMNS = (7, 14)
-# Rows of a tile where rows of tiles follow one another: fewer keys a query, and more, smaller
-# products. For kernels and lengths up to these.
+# Rows of a tile, for kernels up to that one, where a caller prefers fewer keys a query to larger
+# products.
 FEW_ROWS = 2
 FEW_ROWS_KERNEL = 7
-FEW_ROWS_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -77,17 +76,16 @@ def _rows(axis: Axis) -> list[list[list[int]]]:
     return tiles
 
 
-def axes(maps: Tensor, kernel_size: Pair, *, in_turn: bool = False) -> tuple[Axis, Axis]:
+def axes(maps: Tensor, kernel_size: Pair, *, few_rows_up_to: int = 0) -> tuple[Axis, Axis]:
     """Rows and columns of maps (B, classes, classes, H, W, heads, d), cut into tiles.
 
     Args:
         maps: what is cut.
         kernel_size: keys per axis.
-        in_turn: whether rows of tiles are computed one after the other, on a CPU.
+        few_rows_up_to: number of rows of a map up to which its tiles have `FEW_ROWS`.
     """
     y = _axis(maps.shape[3], kernel_size[0], *ROWS)
-    small = y.kernel_size <= FEW_ROWS_KERNEL and y.length <= FEW_ROWS_LENGTH
-    if in_turn and small and y.count > 1:
+    if y.count > 1 and y.length <= few_rows_up_to and y.kernel_size <= FEW_ROWS_KERNEL:
         y = replace(y, tile=FEW_ROWS)
     return y, _axis(maps.shape[4], kernel_size[1], *COLUMNS)
 

@@ -28,6 +28,8 @@ from vitzoo.ops.neighborhood.flat import neighborhood_attention_flat
 # Bytes of logits at a time, and of weights: what stays in the cache, and below what an allocator
 # maps afresh.
 _CHUNK_BYTES = 8 << 20
+# Rows of a map up to which low tiles are faster on a CPU (docs/decisions.md, "Tiles over strips").
+_FEW_ROWS_FORWARD, _FEW_ROWS_BACKWARD = 64, 32
 
 
 @lru_cache(maxsize=64)
@@ -213,6 +215,10 @@ def _chunks(q: Tensor, y: Axis, x: Axis) -> Iterator[slice]:
     yield from (slice(b, b + step) for b in range(0, B, step))
 
 
+def _axes(maps: Tensor, kernel_size: Pair, few_rows_up_to: int) -> tuple[Axis, Axis]:
+    return axes(maps, kernel_size, few_rows_up_to=few_rows_up_to if maps.is_cpu else 0)
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -224,7 +230,7 @@ def _forward(
 ) -> Tensor:
     out = v.new_empty(*q.shape[:-1], v.shape[-1])
     for maps in zip(*(classes(t, dilation) for t in (q, k, v, out)), strict=True):
-        y, x = axes(maps[0], kernel_size, in_turn=q.is_cpu)
+        y, x = _axes(maps[0], kernel_size, _FEW_ROWS_FORWARD)
         table = Table(bias, y, x, q)
         for images in _chunks(maps[0], y, x):
             q_maps, k_maps, v_maps, out_maps = (t[images] for t in maps)
@@ -256,7 +262,7 @@ def _backward(
     grad_bias = q.new_zeros(0) if bias is None else torch.zeros_like(bias)
     all_maps = (q, k, v, grad, dq, dk, dv)
     for maps in zip(*(classes(t, dilation) for t in all_maps), strict=True):
-        y, x = axes(maps[0], kernel_size, in_turn=q.is_cpu)
+        y, x = _axes(maps[0], kernel_size, _FEW_ROWS_BACKWARD)
         table = Table(bias, y, x, q)
         spread: dict[int, Tensor] = {}
         for images in _chunks(maps[0], y, x):
