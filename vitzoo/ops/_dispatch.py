@@ -114,18 +114,18 @@ def forced_backend(operator: str) -> str:
     The environment is `VITZOO_BACKEND_<OPERATOR>`, then `VITZOO_BACKEND`, which only binds
     operators that have a backend of that name.
     """
-    for settings in (_forced, _settings()):
-        if operator in settings:
-            return settings[operator]
-        name = settings.get("*")
-        if name is not None and (name == "auto" or name in OPERATORS[operator].backends):
-            return name
-    return "auto"
+    return _forced_among(OPERATORS[operator].backends, operator)
 
 
 def forced_for_all(backends: Collection[str]) -> str:
     """What all operators are asked to take, for a step that is none and has these backends."""
+    return _forced_among(backends, None)
+
+
+def _forced_among(backends: Collection[str], operator: str | None) -> str:
     for settings in (_forced, _settings()):
+        if operator is not None and operator in settings:
+            return settings[operator]
         name = settings.get("*")
         if name is not None and (name == "auto" or name in backends):
             return name
