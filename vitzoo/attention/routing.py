@@ -17,6 +17,8 @@ from vitzoo.ops._onednn import records_gradient, why_not_onednn
 from vitzoo.ops._sides import crop, larger, pieces, smaller, symbolic
 
 Pool = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool"]
+# Up to so many tokens a region's q and k are averaged; of a larger one the input is, and projected.
+_FEW_TOKENS = 16
 
 
 def _local_conv(dim: int, kernel_size: int, **factory: Any) -> nn.Conv2d:
@@ -103,7 +105,7 @@ class BiLevelRoutingAttention(nn.Module):
         if pads and not self.pad_after:
             x = F.pad(x, pads)
         qk, v_map = self._project(x)
-        regions, weights = self.route(x, (height, width))
+        regions, weights = self.route(x, qk, (height, width))
         v = v_map
         if pads and self.pad_after:
             qk, v = F.pad(qk, pads), F.pad(v, pads)
@@ -141,22 +143,18 @@ class BiLevelRoutingAttention(nn.Module):
             split,
         )
 
-    def route(self, x: Tensor, region: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    def route(
+        self, x: Tensor, qk: Tensor, region: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None]:
         """Numbers (B, regions, top_k) of the chosen regions, and their weights in soft routing.
 
         Args:
             x: (B, H, W, C), the input of the projection.
+            qk: (B, H, W, 2 * qk_dim), what the projection made of it.
             region: height and width of a region in tokens.
         """
         with torch.set_grad_enabled(self.diff_routing and torch.is_grad_enabled()):
-            # The mean of a projection is the projection of the mean, at a fraction of the reading.
-            means = _region_means(x, region).flatten(1, 2)
-            if untouched(self.qkv):
-                weight, _, bias, _ = self._parts()
-                qk = linear(means, weight, bias)
-            else:
-                qk = self.qkv(means)[..., : 2 * self.qk_dim]
-            q, k = qk.chunk(2, dim=-1)
+            q, k = self._region_qk(x, qk, region).chunk(2, dim=-1)
             if self.router is not None:
                 q, k = self.router(q), self.router(k)
             scores = (q * self.scale) @ k.transpose(1, 2)
@@ -166,6 +164,17 @@ class BiLevelRoutingAttention(nn.Module):
             if not self.soft_routing:
                 return regions, None
             return regions, scores.gather(-1, regions).softmax(dim=-1)
+
+    def _region_qk(self, x: Tensor, qk: Tensor, region: tuple[int, int]) -> Tensor:
+        """Mean q and k of the regions, side by side: (B, regions, 2 * qk_dim)."""
+        if not symbolic(*region) and region[0] * region[1] <= _FEW_TOKENS:
+            return _region_means(qk, region).flatten(1, 2)
+        # The mean of a projection is the projection of the mean, at a fraction of the reading.
+        means = _region_means(x, region).flatten(1, 2)
+        if not untouched(self.qkv):
+            return self.qkv(means)[..., : 2 * self.qk_dim]
+        weight, _, bias, _ = self._parts()
+        return linear(means, weight, bias)
 
     def _cut(self, length: int) -> tuple[int, int]:
         """Number of regions along a side, and tokens of each."""
