@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from timm.layers import ConvNormAct
+from timm.layers import BatchNormAct2d, ConvNormAct
 from torch import Tensor, nn
 
 from vitzoo.attention import conv_bn
-from vitzoo.attention.conv_bn import ConvBnAct, ResidualConvBn
+from vitzoo.attention.conv_bn import ConvBnAct, ResidualConvBn, conv_bn_act
 from vitzoo.ops import use_backend
 
 
@@ -102,6 +102,45 @@ def test_one_kernel_serves_other_sizes_and_residuals() -> None:
         torch.testing.assert_close(alone(x), source(x), rtol=1e-5, atol=1e-5)
         expected = torch.relu(source(x) + shortcut)
         torch.testing.assert_close(residual.eval()(x, shortcut), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", [None, nn.ReLU(), nn.SiLU(), nn.GELU(), nn.GELU("tanh")])
+@torch.no_grad()
+def test_torchs_norm_and_each_activation(act: nn.Module | None, packed: list[torch.Size]) -> None:
+    source = make_source()
+    norm = nn.BatchNorm2d(32).eval()
+    norm.load_state_dict(source.bn.state_dict())
+    x = torch.randn(2, 16, 9, 7)
+    expected = norm(source.conv(x))
+    expected = expected if act is None else act(expected)
+    out = conv_bn_act(x, source.conv, norm, act)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert len(packed) == 1
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize(
+    ("norm", "act"),
+    [
+        (nn.BatchNorm2d(32, track_running_stats=False), nn.ReLU()),
+        (nn.InstanceNorm2d(32), nn.ReLU()),
+        (Doubled(32), nn.ReLU()),
+        (BatchNormAct2d(32), nn.SiLU()),
+        (nn.BatchNorm2d(32), nn.Hardswish()),
+    ],
+)
+@torch.no_grad()
+def test_what_one_step_does_not_compute_stays_apart(
+    norm: nn.Module, act: nn.Module, packed: list[torch.Size]
+) -> None:
+    conv, x = make_source().conv, torch.randn(2, 16, 9, 7)
+    norm = norm.eval()
+    torch.testing.assert_close(conv_bn_act(x, conv, norm, act), act(norm(conv(x))))
+    assert packed == []
 
 
 @pytest.mark.parametrize("trained", ["conv.weight", "bn.weight", "bn.bias"])

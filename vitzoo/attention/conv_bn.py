@@ -1,11 +1,13 @@
 """Convolution, batch norm and activation as one step, channels-last, where nothing is trained.
 
-The modules hold timm's parameters under timm's names. In eval mode on a CPU in float32, without
-gradients, the norm is folded into the kernel and oneDNN adds the residual and applies the
-activation while it writes the result; anywhere else they compute what timm's modules compute.
+In eval mode on a CPU in float32, without gradients, the norm is folded into the kernel and oneDNN
+adds the residual and applies the activation while it writes the result; anywhere else the modules
+are called one after the other. The two for ByobNets hold timm's parameters under timm's names.
 """
 
 from __future__ import annotations
+
+from typing import Any, TypeGuard
 
 import torch
 from timm.layers import BatchNormAct2d, ConvNormAct, register_notrace_module
@@ -16,7 +18,28 @@ from vitzoo.ops._derived import Derived
 from vitzoo.ops._onednn import records_gradient, takes_sum, why_not_onednn
 
 _folded: Derived[tuple[Tensor, Tensor]] = Derived()
-_FUSED_NAME = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "swish"}
+# What oneDNN calls an activation; no key is a subclass.
+_FUSED_NAMES = {nn.ReLU: "relu", nn.SiLU: "swish", nn.GELU: "gelu"}
+
+
+def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module | None = None) -> Tensor:
+    """act(bn(conv(x))), channels-last in memory; its caller is a leaf for torch.fx.
+
+    Args:
+        x: map (B, C, H, W).
+        conv: convolution.
+        bn: its norm; timm's BatchNormAct2d has an activation of its own.
+        act: activation, where the norm has none.
+
+    Returns:
+        (B, C', H', W').
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    if not _fusible(conv, bn, act, x):
+        x = bn(conv(x))
+        return x if act is None else act(x)
+    weight, bias = _kernel(conv, bn, x)
+    return _convolve(conv, x, weight, bias, *_activations(bn, act))
 
 
 @register_notrace_module
@@ -34,11 +57,7 @@ class ConvBnAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W'), channels-last in memory."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        if not _fusible(self, x):
-            return self.bn(self.conv(x))
-        weight, bias = _kernel(self.conv, self.bn, x)
-        return _convolve(self.conv, x, weight, bias, _FUSED_NAME[type(self.bn.act)])
+        return conv_bn_act(x, self.conv, self.bn)
 
 
 @register_notrace_module
@@ -60,20 +79,24 @@ class ResidualConvBn(nn.Module):
 
     def forward(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         """Branch (B, C, H, W) and shortcut (B, C', H', W'), if there is one -> its shape."""
-        fused = _fusible(self, x, shortcut) and (shortcut is None or takes_sum(shortcut))
-        if not fused:
+        if not self._fuses(x, shortcut):
             x = self.drop_path(self.bn(self.conv(x)))
             return self.act(x if shortcut is None else x + shortcut)
         x = x.contiguous(memory_format=torch.channels_last)
         weight, bias = _kernel(self.conv, self.bn, x)
-        name = _FUSED_NAME[type(self.act)]
         if shortcut is None:
-            return _convolve(self.conv, x, weight, bias, name)
+            return _convolve(self.conv, x, weight, bias, *_activations(self.bn, self.act))
         shortcut = shortcut.contiguous(memory_format=torch.channels_last)
         # The sum can only be followed by ReLU.
-        relu = name == "relu"
+        relu = type(self.act) is nn.ReLU
         out = onednn_sum(self.conv, x, shortcut, weight, bias, relu=relu)
         return out if relu else self.act(out)
+
+    def _fuses(self, x: Tensor, shortcut: Tensor | None) -> bool:
+        if self.drop_path.training or listened_to(self.drop_path) or _activations(self.bn, None):
+            return False
+        fits = shortcut is None or takes_sum(shortcut)
+        return fits and _fusible(self.conv, self.bn, self.act, x, shortcut)
 
 
 def fuse_conv_bn(module: nn.Module) -> None:
@@ -85,25 +108,35 @@ def fuse_conv_bn(module: nn.Module) -> None:
             fuse_conv_bn(child)
 
 
-def _fusible(module: ConvBnAct | ResidualConvBn, x: Tensor, shortcut: Tensor | None = None) -> bool:
-    """Whether one oneDNN call may stand for the module's steps."""
-    conv, bn = module.conv, module.bn
-    if module.training or bn.training:
+def _fusible(
+    conv: nn.Module, bn: nn.Module, act: nn.Module | None, *maps: Tensor | None
+) -> TypeGuard[nn.Conv2d]:
+    """Whether one oneDNN call may stand for convolution, norm and activation of these maps."""
+    # torch.fx traces with something that is no tensor.
+    if not all(x is None or isinstance(x, Tensor) for x in maps):
         return False
-    if type(conv) is not nn.Conv2d or type(bn) is not BatchNormAct2d:
+    if type(conv) is not nn.Conv2d or type(bn) not in (nn.BatchNorm2d, BatchNormAct2d):
         return False
-    if any(listened_to(m) for m in (conv, bn, bn.act)):
+    if bn.training or bn.running_mean is None:
         return False
-    tensors = (x, shortcut, *conv.parameters(), *bn.parameters())
+    acts = _activations(bn, act)
+    if len(acts) > 1 or any(type(a) not in _FUSED_NAMES for a in acts):
+        return False
+    if any(listened_to(m) for m in (conv, bn, *acts)):
+        return False
+    tensors = (*maps, *conv.parameters(), *bn.parameters())
     if records_gradient(*tensors) or why_not_onednn(*tensors) is not None or not may_fuse():
         return False
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return False
-    acts = (bn.act, module.act) if isinstance(module, ResidualConvBn) else (bn.act,)
-    return all(type(act) in _FUSED_NAME for act in acts)
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
-def _kernel(conv: nn.Conv2d, bn: BatchNormAct2d, x: Tensor) -> tuple[Tensor, Tensor]:
+def _activations(bn: nn.Module, act: nn.Module | None) -> list[nn.Module]:
+    """What follows the norm, its own activation first."""
+    both = (getattr(bn, "act", None), act)
+    return [a for a in both if a is not None and type(a) is not nn.Identity]
+
+
+def _kernel(conv: nn.Conv2d, bn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """What `_fold` gives, the kernel packed, kept until a parameter or statistic changes."""
     sources = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
     given = [t for t in sources if t is not None]
@@ -118,12 +151,15 @@ def _kernel(conv: nn.Conv2d, bn: BatchNormAct2d, x: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def _fold(conv: nn.Conv2d, bn: BatchNormAct2d) -> tuple[Tensor, Tensor]:
+def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Kernel and bias of the convolution followed by the norm of its running statistics."""
-    scale = torch.rsqrt(bn.running_var + bn.eps)
+    mean, variance = bn.running_mean, bn.running_var
+    assert mean is not None
+    assert variance is not None
+    scale = torch.rsqrt(variance + bn.eps)
     if bn.weight is not None:
         scale = scale * bn.weight
-    bias = -bn.running_mean * scale
+    bias = -mean * scale
     if bn.bias is not None:
         bias = bias + bn.bias
     if conv.bias is not None:
@@ -139,7 +175,18 @@ def _pack(conv: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
     )
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
+def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor, *acts: nn.Module) -> Tensor:
+    """One call; of activations there is one or none."""
     return torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups, act, [], ""
+        x,
+        weight,
+        bias,
+        conv.padding,
+        conv.stride,
+        conv.dilation,
+        conv.groups,
+        _FUSED_NAMES[type(acts[0])] if acts else "none",
+        [],
+        # Which GELU; the other activations have no choice.
+        getattr(acts[0], "approximate", "") if acts else "",
     )

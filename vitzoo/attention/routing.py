@@ -143,9 +143,7 @@ class BiLevelRoutingAttention(nn.Module):
             split,
         )
 
-    def route(
-        self, x: Tensor, qk: Tensor, region: tuple[int, int]
-    ) -> tuple[Tensor, Tensor | None]:
+    def route(self, x: Tensor, qk: Tensor, region: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Numbers (B, regions, top_k) of the chosen regions, and their weights in soft routing.
 
         Args:

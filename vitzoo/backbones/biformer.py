@@ -14,11 +14,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, trunc_normal_
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerNorm2d,
+    register_notrace_module,
+    trunc_normal_,
+)
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from vitzoo.attention import DepthwiseResidual, Linear, Mlp, add_mlp
+from vitzoo.attention.conv_bn import conv_bn_act
 from vitzoo.attention.routing import AttentionLePE, BiLevelRoutingAttention
 from vitzoo.backbones._build import StateDict, build_backbone, rename, unwrap
 from vitzoo.backbones._registry import ModelInfo, register
@@ -29,6 +36,7 @@ from vitzoo.zoo.entries.biformer import ENTRIES
 _NORM_EPS = 1e-6
 
 
+@register_notrace_module
 class Stem(nn.Module):
     """Two 3x3 convolutions of stride 2 with BatchNorm, GELU between them; odd sides round up."""
 
@@ -42,10 +50,11 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, ceil(H / 4), ceil(W / 4))."""
-        x = self.act(self.norm1(self.conv1(x.contiguous(memory_format=torch.channels_last))))
-        return self.norm2(self.conv2(x))
+        x = conv_bn_act(x, self.conv1, self.norm1, self.act)
+        return conv_bn_act(x, self.conv2, self.norm2)
 
 
+@register_notrace_module
 class Downsample(nn.Module):
     """3x3 convolution of stride 2, then BatchNorm; odd sides round up."""
 
@@ -56,9 +65,10 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), C')."""
-        return self.norm(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return conv_bn_act(x.permute(0, 3, 1, 2), self.conv, self.norm).permute(0, 2, 3, 1)
 
 
+@register_notrace_module
 class PatchStem(nn.Module):
     """Patches of 4x4 pixels and BatchNorm; like the reference, it drops a remainder of pixels."""
 
@@ -69,7 +79,7 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, H // 4, W // 4)."""
-        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
+        return conv_bn_act(x, self.conv, self.norm)
 
 
 class PatchMerging(nn.Module):

@@ -31,6 +31,7 @@ from vitzoo.attention.connectivity import (
     share,
     token_resize,
 )
+from vitzoo.attention.conv_bn import conv_bn_act
 from vitzoo.attention.layers import Linear, pad_image_to_multiple
 from vitzoo.attention.sparse import AttentionRecord, SparseAttention, SparseBlock
 from vitzoo.backbones._build import StateDict, build_backbone, unwrap
@@ -66,6 +67,7 @@ class PatchEmbed(nn.Module):
         return self.proj(pad_image_to_multiple(x, PATCH_SIZE))
 
 
+@register_notrace_module
 class ConvPatchEmbed(nn.Module):
     """Three convolutions at half the size, then 8x8 patches (LV-ViT's `4_2`)."""
 
@@ -77,14 +79,15 @@ class ConvPatchEmbed(nn.Module):
         self.bn2 = nn.BatchNorm2d(width, **factory)
         self.conv3 = nn.Conv2d(width, width, 3, padding=1, bias=False, **factory)
         self.bn3 = nn.BatchNorm2d(width, **factory)
+        self.act = nn.ReLU()
         self.proj = nn.Conv2d(width, dim, PATCH_SIZE // 2, stride=PATCH_SIZE // 2, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, ceil(H / 16), ceil(W / 16))."""
         x = pad_image_to_multiple(x, PATCH_SIZE)
-        x = self.bn1(self.conv1(x)).relu()
-        x = self.bn2(self.conv2(x)).relu()
-        x = self.bn3(self.conv3(x)).relu()
+        x = conv_bn_act(x, self.conv1, self.bn1, self.act)
+        x = conv_bn_act(x, self.conv2, self.bn2, self.act)
+        x = conv_bn_act(x, self.conv3, self.bn3, self.act)
         return self.proj(x)
 
 

@@ -14,11 +14,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale, trunc_normal_
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerNorm2d,
+    LayerScale,
+    register_notrace_module,
+    trunc_normal_,
+)
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from vitzoo.attention import Mlp, add_mlp, conv_channels_last
+from vitzoo.attention.conv_bn import conv_bn_act
 from vitzoo.attention.halo import MaskedHaloAttention, RelativeTables
 from vitzoo.backbones._build import StateDict, build_backbone, rename, unwrap
 from vitzoo.backbones._registry import ModelInfo, register
@@ -84,6 +92,7 @@ class Block(nn.Module):
         return add_mlp(x, self.norm2, self.mlp, self.ls2, self.drop_path)
 
 
+@register_notrace_module
 class ConvHead(nn.Sequential):
     """1x1 convolution to more channels, BatchNorm, GELU: the last features before pooling."""
 
@@ -93,6 +102,10 @@ class ConvHead(nn.Sequential):
             nn.BatchNorm2d(dim, **factory),
             nn.GELU(),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W)."""
+        return conv_bn_act(x, *self)
 
 
 class UHaloNet(StagedBackbone):

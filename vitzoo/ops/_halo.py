@@ -56,18 +56,23 @@ class Geometry:
     def columns(self) -> int:
         return pieces(self.W, self.block)
 
-    def chunks(self, budget: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
-        """Slices of images and of block rows whose scores fit in `budget` bytes."""
-        row = self.heads * self.columns * self.queries**2 * self.window**2 * itemsize
-        if row * self.rows <= budget:
-            step = max(1, budget // (row * self.rows))
-            for start in range(0, self.B, step):
-                yield slice(start, min(start + step, self.B)), slice(0, self.rows)
+    def chunks(self, budget: int, itemsize: int, width: int) -> Iterator[tuple[slice, slice, int]]:
+        """Images, their block rows, and how many of those have scores within `budget` bytes.
+
+        The queries of all the rows, `width` wide, are within twice as much, or there is one step.
+        """
+        query_bytes = self.heads * self.columns * self.queries**2 * width * itemsize
+        score_bytes = query_bytes // width * self.window**2
+        if score_bytes * self.rows <= budget:
+            images = max(1, budget // (score_bytes * self.rows))
+            for start in range(0, self.B, images):
+                yield slice(start, min(start + images, self.B)), slice(0, self.rows), self.rows
             return
-        step = max(1, budget // row)
+        step = max(1, budget // score_bytes)
+        rows = step * max(1, 2 * budget // (query_bytes * step))
         for image in range(self.B):
-            for start in range(0, self.rows, step):
-                yield slice(image, image + 1), slice(start, min(start + step, self.rows))
+            for start in range(0, self.rows, rows):
+                yield slice(image, image + 1), slice(start, min(start + rows, self.rows)), step
 
 
 def geometry(
@@ -142,25 +147,25 @@ def _pad_heads_first(x: Tensor, g: Geometry, fill: Tensor | None, *, in_place: b
 
 
 def _window_pair(k: Tensor, v: Tensor, g: Geometry, fill: Pair | None, *, in_place: bool) -> Pair:
-    """Views of the padded maps as (B, heads, rows, columns, window, window, d)."""
+    """Views of the padded maps as (B, rows, heads, columns, window, window, d)."""
     k_fill, v_fill = (None, None) if fill is None else fill
     keys, values = (
         _pad_heads_first(x, g, constant, in_place=in_place)
         .unfold(2, g.window, g.block)
         .unfold(3, g.window, g.block)
-        .permute(0, 1, 2, 3, 5, 6, 4)
+        .permute(0, 2, 1, 3, 5, 6, 4)
         for x, constant in ((k, k_fill), (v, v_fill))
     )
     return keys, values
 
 
 def _blocks(q: Tensor, g: Geometry) -> Tensor:
-    """(B, H / stride, W / stride, heads, d) -> (B, heads, rows, columns, side, side, d)."""
+    """(B, H / stride, W / stride, heads, d) -> (B, rows, heads, columns, side, side, d)."""
     s = g.queries
     bottom, right = g.rows * s - q.shape[1], g.columns * s - q.shape[2]
     if bottom or right:
         q = F.pad(q, (0, 0, 0, 0, 0, right, 0, bottom))
-    return q.unflatten(2, (g.columns, s)).unflatten(1, (g.rows, s)).permute(0, 5, 1, 3, 2, 4, 6)
+    return q.unflatten(2, (g.columns, s)).unflatten(1, (g.rows, s)).permute(0, 1, 5, 3, 2, 4, 6)
 
 
 def _read_rows(tables: Pair, window: int, side: int) -> Tensor:
@@ -281,15 +286,20 @@ def halo_attention_portable(
         out = v.new_empty(g.B, g.rows, s, g.columns, s, g.heads, v.shape[-1])
         scratch = _Scratch(selector, reuse=True)
         budget = _CPU_CHUNK_BYTES if q.device.type == "cpu" else _GPU_CHUNK_BYTES
+        width = q.shape[-1] + (0 if selector is None else selector.shape[-1])
         padded = None
-        for images, rows in g.chunks(budget, q.element_size()):
+        for images, rows, step in g.chunks(budget, q.element_size(), width):
             if images != padded:
                 padded = images
                 keys, values = _window_pair(k[images], v[images], g, fill, in_place=True)
-            part = blocks[images, :, rows]
+            part = blocks[images, rows]
             queries = _augmented_queries(part, g, table, missing, rows=rows, scale=scale)
-            seen = keys[:, :, rows], values[:, :, rows]
-            out[images, rows] = _attend(queries, *seen, scratch, part.shape)
+            steps = (
+                queries.split(step * len(queries) // part.shape[1]),
+                *(x.split(step, 1) for x in (keys[:, rows], values[:, rows], out[images, rows])),
+            )
+            for some_queries, some_keys, some_values, result in zip(*steps, strict=True):
+                result.copy_(_attend(some_queries, some_keys, some_values, scratch, part.shape))
     # Not slices: their symbolic lengths are minima, which nest from block to block.
     return out.flatten(3, 4).flatten(1, 2).narrow(1, 0, q.shape[1]).narrow(2, 0, q.shape[2])
 
@@ -297,7 +307,7 @@ def halo_attention_portable(
 def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, scratch: _Scratch, shape: torch.Size
 ) -> Tensor:
-    """One chunk; `shape` is that of its blocks.
+    """One chunk; `shape` is that of its blocks but for their rows.
 
     Returns:
         (images, rows, side, columns, side, heads, d), the order of a map.
@@ -307,9 +317,10 @@ def _attend(
     flat = values.reshape(weights.shape[0], -1, d)
     if d <= _NARROW:
         attended = torch.bmm(flat.transpose(1, 2), weights.transpose(1, 2))
-        return attended.view(*shape[:4], d, *shape[4:6]).permute(0, 2, 5, 3, 6, 1, 4)
-    attended = torch.bmm(weights, flat).view(*shape[:-1], d)
-    return attended.permute(0, 2, 4, 3, 5, 1, 6)
+        attended = attended.view(shape[0], -1, *shape[2:4], d, *shape[4:6])
+        return attended.permute(0, 1, 5, 3, 6, 2, 4)
+    attended = torch.bmm(weights, flat).view(shape[0], -1, *shape[2:6], d)
+    return attended.permute(0, 1, 4, 3, 5, 2, 6)
 
 
 def _augmented_queries(
@@ -323,7 +334,7 @@ def _augmented_queries(
 ) -> Tensor:
     """[scale * q, row terms, column terms] as (N, side^2, d').
 
-    q is (images, heads, block rows, block columns, side, side, d), the blocks of `rows`; `table`
+    q is (images, block rows, heads, block columns, side, side, d), the blocks of `rows`; `table`
     is what `_read_rows` gave, None without a bias.
     """
     lead = q.shape[:4]
@@ -337,7 +348,7 @@ def _augmented_queries(
         for axis, absent in enumerate(missing):
             if absent is None:
                 continue
-            absent = absent[rows, None] if axis == 0 else absent[None]
+            absent = absent[rows, None, None] if axis == 0 else absent
             absent = absent.expand(*lead, g.window).reshape(-1, 1, 1, g.window)
             terms[axis] = terms[axis] + absent
         parts += terms
