@@ -72,7 +72,9 @@ def evaluate(
 ) -> None:
     """Evaluate a run or published weights, beside what their origin states."""
     from vitzoo.engine.evaluate import evaluate as run
+    from vitzoo.engine.machine import keep_freed_memory
 
+    keep_freed_memory()
     run(model, values or [], json_path=json_path)
 
 
@@ -92,8 +94,10 @@ def predict(
     ] = None,
 ) -> None:
     """Predict on image files or folders: a table, and JSON."""
+    from vitzoo.engine.machine import keep_freed_memory
     from vitzoo.engine.predict import predict_files
 
+    keep_freed_memory()
     given = [value for value in images if "=" in value and not Path(value).exists()]
     files = [value for value in images if value not in given]
     predict_files(model, files, given, top=top, json_path=json_path, draw=draw)

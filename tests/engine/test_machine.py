@@ -1,14 +1,18 @@
-"""Choices made by timing are the same for every run on a machine, and for a run that resumes."""
+"""Timed choices are the same for every run on a machine, and freed memory is used again."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vitzoo.engine.machine import fix_linear
+from vitzoo.engine.machine import fix_linear, keep_freed_memory
 from vitzoo.ops.linear import linear_choices, set_linear_choices
 
 CLASSES = ("inference/narrow", "inference/wide", "training/narrow", "training/wide")
@@ -45,3 +49,54 @@ def test_a_damaged_memory_is_written_anew(tmp_path: Path) -> None:
     (tmp_path / "vitzoo/linear.json").write_text('{"torch')
     first = fix_linear(None)
     assert fix_linear(None) == first
+
+
+PAGES = """
+import resource, sys
+import torch
+from vitzoo.engine.machine import keep_freed_memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+said = keep_freed_memory() if sys.argv[1] == "kept" else None
+seen = []
+for _ in range(6):
+    before = faults()
+    torch.ones(2**24)
+    seen.append(faults() - before)
+print(said, min(seen))
+"""
+
+
+def fresh_pages(mode: str) -> tuple[str, int]:
+    """What `keep_freed_memory` said, and the fewest page faults of a tensor of 64 MB."""
+    plain = {k: v for k, v in os.environ.items() if "MALLOC" not in k and k != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-c", PAGES, mode],
+        env=plain,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said, faults = done.stdout.split()
+    return said, int(faults)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_freed_memory_is_used_again() -> None:
+    said, few = fresh_pages("kept")
+    assert said == "True"
+    _, many = fresh_pages("left alone")
+    assert few < 100 < many
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MALLOC_ARENA_MAX", "2"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")],
+)
+def test_settings_of_the_user_are_left_alone(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert not keep_freed_memory()
