@@ -19,6 +19,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.fixture(autouse=True)
+def memory_kept(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """An entry for each command that would have kept the freed memory of its process, pytest's."""
+    asked: list[bool] = []
+    monkeypatch.setattr("vitzoo.engine.machine.keep_freed_memory", lambda: asked.append(True))
+    return asked
+
+
 class SuiteTable:
     """Counts passed, failed and skipped per family and check."""
 

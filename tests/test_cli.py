@@ -41,6 +41,16 @@ def recipe(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("command", ["predict", "eval"])
+def test_commands_that_compute_without_gradients_keep_memory(
+    command: str, memory_kept: list[bool]
+) -> None:
+    assert run([command, "no-such-model", "here"]) == 2
+    assert memory_kept == [True]
+    assert run(["info", "vz_davit_tiny"]) == 0
+    assert memory_kept == [True]
+
+
 def image_folder(root: Path, classes: int, *, each: int = 2) -> Path:
     """A folder of noise: train and val, `classes` folders, `each` images in every one."""
     for split in ("train", "val"):

@@ -113,7 +113,7 @@ def test_torchs_norm_and_each_activation(act: nn.Module | None, packed: list[tor
     x = torch.randn(2, 16, 9, 7)
     expected = norm(source.conv(x))
     expected = expected if act is None else act(expected)
-    out = conv_bn_act(x, source.conv, norm, act)
+    out = conv_bn_act(x, source.conv, norm, act=act)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     assert len(packed) == 1
 
@@ -139,7 +139,7 @@ def test_what_one_step_does_not_compute_stays_apart(
 ) -> None:
     conv, x = make_source().conv, torch.randn(2, 16, 9, 7)
     norm = norm.eval()
-    torch.testing.assert_close(conv_bn_act(x, conv, norm, act), act(norm(conv(x))))
+    torch.testing.assert_close(conv_bn_act(x, conv, norm, act=act), act(norm(conv(x))))
     assert packed == []
 
 
@@ -150,6 +150,26 @@ def test_whatever_is_trained_gets_its_gradient(trained: str, packed: list[torch.
     ConvBnAct(source).eval()(torch.randn(2, 16, 9, 7)).sum().backward()
     assert source.get_parameter(trained).grad is not None
     assert packed == []
+
+
+@pytest.mark.parametrize("heard", ["conv", "bn", "bn.act"])
+@torch.no_grad()
+def test_whoever_listens_hears_every_step(heard: str, packed: list[torch.Size]) -> None:
+    source = make_source(act=False)
+    calls: list[nn.Module] = []
+    source.get_submodule(heard).register_forward_hook(lambda module, *_: calls.append(module))
+    ConvBnAct(source).eval()(torch.randn(2, 16, 9, 7))
+    assert calls == [source.get_submodule(heard)]
+    assert packed == []
+
+
+@torch.no_grad()
+def test_an_empty_batch() -> None:
+    source = make_source()
+    residual = ResidualConvBn(make_source(act=False), nn.Identity(), nn.ReLU()).eval()
+    x = torch.randn(0, 16, 9, 7)
+    assert ConvBnAct(source).eval()(x).shape == (0, 32, 9, 7)
+    assert residual(x, x.new_empty(0, 32, 9, 7)).shape == (0, 32, 9, 7)
 
 
 @torch.no_grad()

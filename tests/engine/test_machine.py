@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from vitzoo.engine import machine
 from vitzoo.engine.machine import fix_linear, keep_freed_memory
 from vitzoo.ops.linear import linear_choices, set_linear_choices
 
@@ -71,7 +73,8 @@ print(said, min(seen))
 
 def fresh_pages(mode: str) -> tuple[str, int]:
     """What `keep_freed_memory` said, and the fewest page faults of a tensor of 64 MB."""
-    plain = {k: v for k, v in os.environ.items() if "MALLOC" not in k and k != "GLIBC_TUNABLES"}
+    others = ("GLIBC_TUNABLES", "LD_PRELOAD")
+    plain = {k: v for k, v in os.environ.items() if "MALLOC" not in k and k not in others}
     done = subprocess.run(
         [sys.executable, "-c", PAGES, mode],
         env=plain,
@@ -83,12 +86,38 @@ def fresh_pages(mode: str) -> tuple[str, int]:
     return said, int(faults)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or torch.accelerator.is_available(),
+    reason="other C libraries and work on accelerators are left alone",
+)
 def test_freed_memory_is_used_again() -> None:
     said, few = fresh_pages("kept")
     assert said == "True"
     _, many = fresh_pages("left alone")
-    assert few < 100 < many
+    # Huge pages make few of many.
+    assert few < 10 < many
+
+
+class Refusing:
+    """A C library that refuses the first setting, as glibc before 2.35."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def mallopt(self, number: int, value: int) -> int:
+        self.asked.append(number)
+        return 0
+
+
+def test_a_refusal_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*filter(lambda name: "MALLOC" in name, os.environ), "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(name, raising=False)
+    library = Refusing()
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(machine.platform, "libc_ver", lambda: ("glibc", "2.34"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert not keep_freed_memory()
+    assert library.asked == [-3]
 
 
 @pytest.mark.parametrize(

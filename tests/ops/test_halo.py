@@ -85,15 +85,36 @@ def test_one_block_as_large_as_the_map_is_dense_attention() -> None:
         torch.testing.assert_close(found.flatten(1, 2), dense, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("budget", [1, 200_000])
+# Bytes of scores and of queries, and what they make of 2 images of 4 rows of blocks: (rows whose
+# queries are made ready, rows at a time).
+CHUNKS = [
+    (1, 1, [(1, 1)] * 8),
+    (100_000, 50_000, [(2, 1)] * 4),
+    (200_000, 2**20, [(4, 3)] * 2),
+    (300_000, 1, [(4, 4)] * 2),
+    (2**20, 1, [(4, 4)]),
+]
+
+
+@pytest.mark.parametrize(("scores", "queries", "chunks"), CHUNKS)
+@pytest.mark.parametrize("border", ["zero", "mask"])
 @pytest.mark.parametrize("value_dim", [6, 16])
 def test_chunks_do_not_change_the_result(
-    budget: int, value_dim: int, monkeypatch: pytest.MonkeyPatch
+    scores: int,
+    queries: int,
+    chunks: list[tuple[int, int]],
+    border: str,
+    value_dim: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = inputs(13, 30, dims=(4, value_dim), window=8)
-    arguments = {"block_size": 4, "halo_size": 2, "backend": "portable"}
-    whole = call(given, **arguments)
-    monkeypatch.setattr(_halo, "_CPU_CHUNK_BYTES", budget)
+    arguments = {"block_size": 4, "halo_size": 2, "backend": "portable", "border": border}
+    whole = call(given, **arguments | {"backend": "reference"})
+    monkeypatch.setattr(_halo, "_CPU_CHUNK_BYTES", scores)
+    monkeypatch.setattr(_halo, "_CPU_QUERY_BYTES", queries)
+    sizes = _halo.Geometry(B=2, H=13, W=30, heads=2, block=4, halo=2, stride=1)
+    found = [(rows.stop - rows.start, step) for _, rows, step in sizes.chunks(given["q"], 20)]
+    assert found == chunks
     torch.testing.assert_close(call(given, **arguments), whole)
     leaves = {name: value.clone().requires_grad_() for name, value in given.items()}
     torch.testing.assert_close(call(leaves, **arguments), whole)

@@ -18,11 +18,13 @@ from vitzoo.ops._derived import Derived
 from vitzoo.ops._onednn import records_gradient, takes_sum, why_not_onednn
 
 _folded: Derived[tuple[Tensor, Tensor]] = Derived()
-# What oneDNN calls an activation; no key is a subclass.
+# What oneDNN calls an activation; of that very class, since a subclass may compute something else.
 _FUSED_NAMES = {nn.ReLU: "relu", nn.SiLU: "swish", nn.GELU: "gelu"}
 
 
-def conv_bn_act(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module | None = None) -> Tensor:
+def conv_bn_act(
+    x: Tensor, conv: nn.Module, bn: nn.Module, *, act: nn.Module | None = None
+) -> Tensor:
     """act(bn(conv(x))), channels-last in memory; its caller is a leaf for torch.fx.
 
     Args:
@@ -95,8 +97,10 @@ class ResidualConvBn(nn.Module):
     def _fuses(self, x: Tensor, shortcut: Tensor | None) -> bool:
         if self.drop_path.training or listened_to(self.drop_path) or _activations(self.bn, None):
             return False
-        fits = shortcut is None or takes_sum(shortcut)
-        return fits and _fusible(self.conv, self.bn, self.act, x, shortcut)
+        # The shortcut last: a compiler would remember the question for a map's size.
+        return _fusible(self.conv, self.bn, self.act, x, shortcut) and (
+            shortcut is None or takes_sum(shortcut)
+        )
 
 
 def fuse_conv_bn(module: nn.Module) -> None:
@@ -109,7 +113,7 @@ def fuse_conv_bn(module: nn.Module) -> None:
 
 
 def _fusible(
-    conv: nn.Module, bn: nn.Module, act: nn.Module | None, *maps: Tensor | None
+    conv: nn.Module, bn: Any, act: nn.Module | None, *maps: Tensor | None
 ) -> TypeGuard[nn.Conv2d]:
     """Whether one oneDNN call may stand for convolution, norm and activation of these maps."""
     # torch.fx traces with something that is no tensor.
@@ -122,10 +126,14 @@ def _fusible(
     acts = _activations(bn, act)
     if len(acts) > 1 or any(type(a) not in _FUSED_NAMES for a in acts):
         return False
-    if any(listened_to(m) for m in (conv, bn, *acts)):
+    steps = (conv, bn, getattr(bn, "act", None), act)
+    if any(step is not None and listened_to(step) for step in steps):
         return False
-    tensors = (*maps, *conv.parameters(), *bn.parameters())
+    tensors = (*maps, *conv.parameters(), *bn.parameters(), bn.running_mean, bn.running_var)
     if records_gradient(*tensors) or why_not_onednn(*tensors) is not None or not may_fuse():
+        return False
+    # oneDNN has no kernel for an empty batch; compilers have left by now.
+    if any(x is not None and x.numel() == 0 for x in maps):
         return False
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 

@@ -50,7 +50,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, ceil(H / 4), ceil(W / 4))."""
-        x = conv_bn_act(x, self.conv1, self.norm1, self.act)
+        x = conv_bn_act(x, self.conv1, self.norm1, act=self.act)
         return conv_bn_act(x, self.conv2, self.norm2)
 
 

@@ -85,9 +85,9 @@ class ConvPatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, ceil(H / 16), ceil(W / 16))."""
         x = pad_image_to_multiple(x, PATCH_SIZE)
-        x = conv_bn_act(x, self.conv1, self.bn1, self.act)
-        x = conv_bn_act(x, self.conv2, self.bn2, self.act)
-        x = conv_bn_act(x, self.conv3, self.bn3, self.act)
+        x = conv_bn_act(x, self.conv1, self.bn1, act=self.act)
+        x = conv_bn_act(x, self.conv2, self.bn2, act=self.act)
+        x = conv_bn_act(x, self.conv3, self.bn3, act=self.act)
         return self.proj(x)
 
 

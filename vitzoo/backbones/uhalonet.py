@@ -105,7 +105,8 @@ class ConvHead(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
-        return conv_bn_act(x, *self)
+        conv, bn, act = self
+        return conv_bn_act(x, conv, bn, act=act)
 
 
 class UHaloNet(StagedBackbone):

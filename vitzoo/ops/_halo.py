@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,6 +23,8 @@ Pair = tuple[Tensor, Tensor]
 # faults then cost more than the arithmetic. Smaller still, the buffers stay in the caches.
 _CPU_CHUNK_BYTES = 4 * 2**20
 _GPU_CHUNK_BYTES = 2**30
+# Queries that are made ready for several chunks at once, in fewer calls.
+_CPU_QUERY_BYTES = 8 * 2**20
 # Values up to this wide are faster multiplied the other way round: a BLAS fills its registers along
 # the rows of the (column-major) result, which are the values' channels.
 _NARROW = 12
@@ -56,20 +59,23 @@ class Geometry:
     def columns(self) -> int:
         return pieces(self.W, self.block)
 
-    def chunks(self, budget: int, itemsize: int, width: int) -> Iterator[tuple[slice, slice, int]]:
-        """Images, their block rows, and how many of those have scores within `budget` bytes.
+    def chunks(self, queries: Tensor, width: int) -> Iterator[tuple[slice, slice, int]]:
+        """Images, some of their block rows, and how many of those at a time.
 
-        The queries of all the rows, `width` wide, are within twice as much, or there is one step.
+        The scores of so many rows and the queries of all, `width` wide, fit in the budgets of the
+        queries' device; a single row may pass them.
         """
-        query_bytes = self.heads * self.columns * self.queries**2 * width * itemsize
-        score_bytes = query_bytes // width * self.window**2
+        on_cpu = queries.device.type == "cpu"
+        budget = _CPU_CHUNK_BYTES if on_cpu else _GPU_CHUNK_BYTES
+        row = self.heads * self.columns * self.queries**2 * queries.element_size()
+        score_bytes = row * self.window**2
         if score_bytes * self.rows <= budget:
             images = max(1, budget // (score_bytes * self.rows))
             for start in range(0, self.B, images):
                 yield slice(start, min(start + images, self.B)), slice(0, self.rows), self.rows
             return
         step = max(1, budget // score_bytes)
-        rows = step * max(1, 2 * budget // (query_bytes * step))
+        rows = step * max(1, _CPU_QUERY_BYTES // (row * width * step)) if on_cpu else step
         for image in range(self.B):
             for start in range(0, self.rows, rows):
                 yield slice(image, image + 1), slice(start, min(start + rows, self.rows)), step
@@ -274,61 +280,71 @@ def halo_attention_portable(
     missing = _missing(g.H, g.rows, g, border, q), _missing(g.W, g.columns, g, border, q)
     selector = None if axial_bias is None and missing == (None, None) else _selector(g.window, k)
     recorded = records_gradient(q, k, v, *(axial_bias or ()), *(fill or ()))
-    blocks = _blocks(q, g)
     table = None if axial_bias is None else _read_rows(axial_bias, g.window, g.queries)
+    augment = partial(_augmented_queries, g=g, table=table, missing=missing, scale=scale)
     if recorded or torch.compiler.is_compiling() or needs_derivatives():
         # Gradients need all scores anyway, and a compiled batch may be symbolic: one chunk.
         windows = _window_pair(k, v, g, fill, in_place=False)
-        queries = _augmented_queries(blocks, g, table, missing, rows=slice(None), scale=scale)
-        out = _attend(queries, *windows, _Scratch(selector, reuse=False), blocks.shape)
+        queries = augment(_blocks(q, g), rows=slice(None))
+        out = _attend(queries, *windows, g.queries, _Scratch(selector, reuse=False))
     else:
-        s = g.queries
-        out = v.new_empty(g.B, g.rows, s, g.columns, s, g.heads, v.shape[-1])
-        scratch = _Scratch(selector, reuse=True)
-        budget = _CPU_CHUNK_BYTES if q.device.type == "cpu" else _GPU_CHUNK_BYTES
-        width = q.shape[-1] + (0 if selector is None else selector.shape[-1])
-        padded = None
-        for images, rows, step in g.chunks(budget, q.element_size(), width):
-            if images != padded:
-                padded = images
-                keys, values = _window_pair(k[images], v[images], g, fill, in_place=True)
-            part = blocks[images, rows]
-            queries = _augmented_queries(part, g, table, missing, rows=rows, scale=scale)
-            steps = (
-                queries.split(step * len(queries) // part.shape[1]),
-                *(x.split(step, 1) for x in (keys[:, rows], values[:, rows], out[images, rows])),
-            )
-            for some_queries, some_keys, some_values, result in zip(*steps, strict=True):
-                result.copy_(_attend(some_queries, some_keys, some_values, scratch, part.shape))
+        out = _in_chunks(_blocks(q, g), k, v, g, fill, augment, selector)
     # Not slices: their symbolic lengths are minima, which nest from block to block.
     return out.flatten(3, 4).flatten(1, 2).narrow(1, 0, q.shape[1]).narrow(2, 0, q.shape[2])
 
 
-def _attend(
-    queries: Tensor, keys: Tensor, values: Tensor, scratch: _Scratch, shape: torch.Size
+def _in_chunks(
+    blocks: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Geometry,
+    fill: Pair | None,
+    augment: Callable[..., Tensor],
+    selector: Tensor | None,
 ) -> Tensor:
-    """One chunk; `shape` is that of its blocks but for their rows.
+    """What `_attend` returns for all blocks, with buffers for a part of them."""
+    side = g.queries
+    out = v.new_empty(g.B, g.rows, side, g.columns, side, g.heads, v.shape[-1])
+    scratch = _Scratch(selector, reuse=True)
+    padded = None
+    width = blocks.shape[-1] + (0 if selector is None else selector.shape[-1])
+    for images, rows, step in g.chunks(blocks, width):
+        if images != padded:
+            padded = images
+            keys, values = _window_pair(k[images], v[images], g, fill, in_place=True)
+        part = blocks[images, rows]
+        queries = augment(part, rows=rows)
+        steps = (
+            queries.split(step * len(queries) // part.shape[1]),
+            *(x.split(step, 1) for x in (keys[:, rows], values[:, rows], out[images, rows])),
+        )
+        for some_queries, some_keys, some_values, result in zip(*steps, strict=True):
+            result.copy_(_attend(some_queries, some_keys, some_values, side, scratch))
+    return out
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, side: int, scratch: _Scratch) -> Tensor:
+    """One chunk of blocks of side x side queries.
 
     Returns:
         (images, rows, side, columns, side, heads, d), the order of a map.
     """
     weights = scratch.softmax_of_product(queries, scratch.keys(keys))
-    d = values.shape[-1]
+    lead, d = values.shape[:4], values.shape[-1]
     flat = values.reshape(weights.shape[0], -1, d)
     if d <= _NARROW:
         attended = torch.bmm(flat.transpose(1, 2), weights.transpose(1, 2))
-        attended = attended.view(shape[0], -1, *shape[2:4], d, *shape[4:6])
-        return attended.permute(0, 1, 5, 3, 6, 2, 4)
-    attended = torch.bmm(weights, flat).view(shape[0], -1, *shape[2:6], d)
+        return attended.view(*lead, d, side, side).permute(0, 1, 5, 3, 6, 2, 4)
+    attended = torch.bmm(weights, flat).view(*lead, side, side, d)
     return attended.permute(0, 1, 4, 3, 5, 2, 6)
 
 
 def _augmented_queries(
     q: Tensor,
+    *,
     g: Geometry,
     table: Tensor | None,
     missing: tuple[Tensor | None, Tensor | None],
-    *,
     rows: slice,
     scale: float,
 ) -> Tensor:
