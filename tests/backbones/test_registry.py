@@ -329,6 +329,15 @@ def test_chosen_features(name: str, shallow: bool) -> None:
 
 
 @by_name(TIER_2)
+def test_an_empty_batch(name: str) -> None:
+    needs(name, "empty_batch")
+    model = build(name, shallow=True)
+    x = images(name, (224, 224), batch=0)
+    assert logits(model, x).shape == (0, 1000)
+    model(x).sum().backward()
+
+
+@by_name(TIER_2)
 @DEPTHS
 def test_fx_trace_is_exact(name: str, shallow: bool) -> None:
     needs(name, "fx")

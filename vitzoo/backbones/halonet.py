@@ -453,6 +453,16 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 
 _FIXED = "The last stage's attention (BoTNet) has relative tables for one map size only."
+_NEVER_EMPTY = "timm's own layers inside (BoTNet, ECA) take no empty batch."
+
+
+def _limits(variant: Variant | PaperVariant) -> dict[str, str]:
+    limits = {"any_size": _FIXED} if variant.fixed else {}
+    if variant.fixed or variant.model_cfg().attn_layer == "eca":
+        limits["empty_batch"] = _NEVER_EMPTY
+    return limits
+
+
 for _name, _variant in VARIANTS.items():
     register(
         ModelInfo(
@@ -467,7 +477,7 @@ for _name, _variant in VARIANTS.items():
             code="https://github.com/huggingface/pytorch-image-models",
             code_licence="Apache-2.0",
             fixed_input_size=_variant.fixed,
-            limits=MappingProxyType({"any_size": _FIXED} if _variant.fixed else {}),
+            limits=MappingProxyType(_limits(_variant)),
         ),
         _build,
         module=__name__,

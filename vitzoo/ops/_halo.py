@@ -331,7 +331,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, side: int, scratch: _
     """
     weights = scratch.softmax_of_product(queries, scratch.keys(keys))
     lead, d = values.shape[:4], values.shape[-1]
-    flat = values.reshape(weights.shape[0], -1, d)
+    flat = values.reshape(weights.shape[0], weights.shape[2], d)
     if d <= _NARROW:
         attended = torch.bmm(flat.transpose(1, 2), weights.transpose(1, 2))
         return attended.view(*lead, d, side, side).permute(0, 1, 5, 3, 6, 2, 4)

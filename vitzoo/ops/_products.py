@@ -150,4 +150,4 @@ def _numbers_of_heads(chosen: Tensor, heads: int) -> Tensor:
 def pick(x: Tensor, numbers: Tensor) -> Tensor:
     """Whole cells of x (cells, tokens, ...) by (n, chosen) -> (n, chosen * tokens, ...)."""
     picked = x.flatten(1).index_select(0, numbers.flatten())
-    return picked.view(numbers.shape[0], -1, *x.shape[2:])
+    return picked.view(numbers.shape[0], numbers.shape[1] * x.shape[1], *x.shape[2:])

@@ -140,8 +140,8 @@ def folded_channel_attention(
     spread = centred.transpose(1, 2) @ centred
     logits = q_weight.unflatten(0, (heads, -1)) @ _per_head(F.linear(spread, k_weight), heads)
     q_mean, k_mean = F.linear(mean, q_weight, q_bias), F.linear(mean, k_weight, k_bias)
-    logits += N * q_mean.view(B, heads, -1, 1) * k_mean.view(B, heads, 1, -1)
     d = C // heads
+    logits += N * q_mean.view(B, heads, d, 1) * k_mean.view(B, heads, 1, d)
     weights = (logits * (d if axis_scale == "head_dim" else N) ** -0.5).softmax(-1)
     mixed = (weights @ v_weight.unflatten(0, (heads, d))).flatten(1, 2)
     mixed_bias = (weights @ v_bias.view(heads, d, 1)).flatten(1)

@@ -131,10 +131,11 @@ def folded_gather(similarity: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -
         weight, bias: of the values' projection, (C', C) and (C',).
     """
     B, heads, M, _ = similarity.shape
+    C, d = x.shape[-1], len(weight) // heads
     gathered = similarity.softmax(dim=-1).flatten(1, 2) @ x
-    gathered = gathered.view(B, heads, M, -1).transpose(0, 1).reshape(heads, B * M, -1)
-    values = gathered @ weight.unflatten(0, (heads, -1)).transpose(1, 2)
-    return values.view(heads, B, M, -1).permute(1, 2, 0, 3).flatten(2) + bias
+    gathered = gathered.view(B, heads, M, C).transpose(0, 1).reshape(heads, B * M, C)
+    values = gathered @ weight.view(heads, d, C).transpose(1, 2)
+    return values.view(heads, B, M, d).permute(1, 2, 0, 3).flatten(2) + bias
 
 
 def folded_infuse(
@@ -156,5 +157,6 @@ def folded_infuse(
 def _per_head(x: Tensor, weight: Tensor) -> Tensor:
     """x (B, M, heads, d) times weight (heads, d, C), head by head -> (B, heads * M, C)."""
     B, M, heads, d = x.shape
+    C = weight.shape[-1]
     out = x.permute(2, 0, 1, 3).reshape(heads, B * M, d) @ weight
-    return out.view(heads, B, M, -1).transpose(0, 1).reshape(B, heads * M, -1)
+    return out.view(heads, B, M, C).transpose(0, 1).reshape(B, heads * M, C)

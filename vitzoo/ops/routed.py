@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def split_regions(x: Tensor, region_grid: Grid) -> Tensor:
     B, H, W, heads, d = x.shape
     rows, cols = region_grid
     x = x.reshape(B, rows, H // rows, cols, W // cols, heads, d).transpose(2, 3)
-    return x.reshape(B, rows * cols, -1, heads, d)
+    return x.flatten(3, 4).flatten(1, 2)
 
 
 def join_regions(x: Tensor, region_grid: Grid, H: int, W: int) -> Tensor:
@@ -132,8 +133,10 @@ def _mask(q: Tensor, k: Tensor, regions: Tensor, region_grid: Grid) -> Tensor:
     mask = mask.scatter(-1, regions, 0.0).view(B, p, rows, 1, cols, 1)
     # Along the keys first: the second, larger copy then has long rows.
     mask = mask.expand(-1, -1, -1, k.shape[1] // rows, -1, k.shape[2] // cols)
-    mask = mask.reshape(B, rows, 1, cols, 1, -1)
-    return mask.expand(-1, -1, H // rows, -1, W // cols, -1).reshape(B, H * W, -1)
+    # All lengths in full: of an empty batch none can be inferred.
+    keys = k.shape[1] * k.shape[2]
+    mask = mask.reshape(B, rows, 1, cols, 1, keys)
+    return mask.expand(-1, -1, H // rows, -1, W // cols, -1).reshape(B, H * W, keys)
 
 
 def _masked(
@@ -214,8 +217,8 @@ class _Picked(torch.autograd.Function):
             at += len(part)
             d_queries.append(d_part)
             for total, picked in ((d_keys, d_picked_keys), (d_values, d_picked_values)):
-                flat = picked.reshape(numbers.numel(), -1)
-                total.flatten(1).index_add_(0, numbers.flatten(), flat)
+                cells = picked.reshape(-1, *total.shape[1:])
+                total.index_add_(0, numbers.flatten(), cells)
         d_q = join_regions(_joined(d_queries), grid, *q.shape[1:3])
         d_k, d_v = (join_regions(x, grid, *k.shape[1:3]) for x in (d_keys, d_values))
         return d_q, d_k, d_v, None, None, None
@@ -227,7 +230,7 @@ def _joined(pieces: list[Tensor]) -> Tensor:
 
 def _pieces(queries: Tensor, numbers: Tensor, keys: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Query regions and their region numbers, so many at a time as _PIECE_BYTES of keys allow."""
-    picked = keys[0].numel() * numbers.shape[1] * keys.element_size()
+    picked = math.prod(keys.shape[1:]) * numbers.shape[1] * keys.element_size()
     size = max(1, _PIECE_BYTES // picked)
     return list(zip(queries.split(size), numbers.split(size), strict=True))
 
