@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -63,13 +64,13 @@ CHANGES = [
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """One entry for each kernel that was folded and packed."""
     shapes: list[torch.Size] = []
-    run = conv_bn._pack
+    run = conv_bn.pack_kernel
 
-    def noted(conv: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
+    def noted(weight: Tensor, x: Tensor, **settings: Any) -> Tensor:
         shapes.append(weight.shape)
-        return run(conv, weight, x)
+        return run(weight, x, **settings)
 
-    monkeypatch.setattr(conv_bn, "_pack", noted)
+    monkeypatch.setattr(conv_bn, "pack_kernel", noted)
     return shapes
 
 
@@ -124,23 +125,35 @@ class Doubled(nn.BatchNorm2d):
 
 
 @pytest.mark.parametrize(
-    ("norm", "act"),
+    ("norm", "act", "folds"),
     [
-        (nn.BatchNorm2d(32, track_running_stats=False), nn.ReLU()),
-        (nn.InstanceNorm2d(32), nn.ReLU()),
-        (Doubled(32), nn.ReLU()),
-        (BatchNormAct2d(32), nn.SiLU()),
-        (nn.BatchNorm2d(32), nn.Hardswish()),
+        (nn.BatchNorm2d(32, track_running_stats=False), nn.ReLU(), False),
+        (nn.InstanceNorm2d(32), nn.ReLU(), False),
+        (Doubled(32), nn.ReLU(), False),
+        # What cannot be fused follows.
+        (BatchNormAct2d(32), nn.SiLU(), True),
+        (nn.BatchNorm2d(32), nn.Hardswish(), True),
     ],
 )
 @torch.no_grad()
 def test_what_one_step_does_not_compute_stays_apart(
-    norm: nn.Module, act: nn.Module, packed: list[torch.Size]
+    norm: nn.Module, act: nn.Module, folds: bool, packed: list[torch.Size]
 ) -> None:
     conv, x = make_source().conv, torch.randn(2, 16, 9, 7)
     norm = norm.eval()
     torch.testing.assert_close(conv_bn_act(x, conv, norm, act=act), act(norm(conv(x))))
-    assert packed == []
+    assert len(packed) == folds
+
+
+@pytest.mark.parametrize("act", [None, nn.ReLU(), nn.GELU()])
+@pytest.mark.parametrize("own_act", [False, True])
+@torch.no_grad()
+def test_the_norms_own_activation_comes_before_a_sum(own_act: bool, act: nn.Module | None) -> None:
+    source, x, add = make_source(act=own_act), torch.randn(2, 16, 9, 7), torch.randn(2, 32, 9, 7)
+    expected = source(x) + add
+    expected = expected if act is None else act(expected)
+    out = conv_bn_act(x, source.conv, source.bn, add=add, act=act)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("trained", ["conv.weight", "bn.weight", "bn.bias"])
@@ -160,7 +173,8 @@ def test_whoever_listens_hears_every_step(heard: str, packed: list[torch.Size]) 
     source.get_submodule(heard).register_forward_hook(lambda module, *_: calls.append(module))
     ConvBnAct(source).eval()(torch.randn(2, 16, 9, 7))
     assert calls == [source.get_submodule(heard)]
-    assert packed == []
+    # An activation that somebody listens to follows the folded norm.
+    assert len(packed) == (heard == "bn.act")
 
 
 @torch.no_grad()

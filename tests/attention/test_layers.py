@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,10 @@ from torch import Tensor, nn
 
 from vitzoo.attention import layers
 from vitzoo.attention.halo import MaskedHaloAttention
-from vitzoo.attention.layers import DepthwiseResidual, Mlp, add_conv, add_mlp
+from vitzoo.attention.layers import DepthwiseResidual, Mlp, add_mlp, conv_channels_last
 from vitzoo.attention.routing import BiLevelRoutingAttention
-from vitzoo.ops import use_backend
+from vitzoo.ops import Operator, use_backend
+from vitzoo.ops._dispatch import listen
 
 
 def test_an_mlp_with_and_without_gradients() -> None:
@@ -49,13 +52,15 @@ def test_a_convolution_and_a_sum_with_and_without_gradients(kernel_size: int) ->
     x, other = torch.randn(2, 9, 7, 24)[..., 16:], torch.randn(2, 11, 7, 8)[:, :9]
     expected = other + conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     before = other.clone()
-    torch.testing.assert_close(add_conv(x, conv, other), expected)
+    torch.testing.assert_close(conv_channels_last(x, conv, add=other), expected)
     with torch.inference_mode():
-        torch.testing.assert_close(add_conv(x, conv, other), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            conv_channels_last(x, conv, add=other), expected, rtol=0, atol=1e-6
+        )
         assert torch.equal(other, before)
         heard: list[int] = []
         conv.register_forward_hook(lambda *_: heard.append(1))
-        add_conv(x, conv, other)
+        conv_channels_last(x, conv, add=other)
     assert heard
 
 
@@ -64,25 +69,28 @@ def test_a_convolution_and_a_sum_on_one_position() -> None:
     conv, x = nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.randn(3, 1, 1, 8)
     with torch.inference_mode():
         expected = x + conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        torch.testing.assert_close(add_conv(x, conv, x), expected)
+        torch.testing.assert_close(conv_channels_last(x, conv, add=x), expected)
 
 
-def test_the_reference_is_a_convolution_and_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    fused: list[object] = []
-    run = layers.onednn_sum
-    monkeypatch.setattr(layers, "onednn_sum", lambda *args: fused.append(args) or run(*args))
+def test_the_reference_is_a_convolution_and_a_sum() -> None:
+    taken: list[str] = []
+
+    def heard(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor):  # type: ignore[no-untyped-def]
+        taken.append(operator.select(*args, **kwargs).name)
+
     position, x = DepthwiseResidual(8), torch.randn(3, 5, 4, 8)
-    with torch.inference_mode():
+    with torch.inference_mode(), listen(heard):
         expected = x + position.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        torch.testing.assert_close(add_conv(x, position.proj, x), expected)
-        assert len(fused) == 1
+        torch.testing.assert_close(conv_channels_last(x, position.proj, add=x), expected)
         with use_backend("reference"):
-            assert torch.equal(add_conv(x, position.proj, x), expected)
+            assert torch.equal(conv_channels_last(x, position.proj, add=x), expected)
             assert torch.equal(position(x), expected)
             # Convolutions have no such backend, and it is not asked of them.
             with use_backend("portable"):
-                add_conv(x, position.proj, x)
-    assert len(fused) == 2
+                conv_channels_last(x, position.proj, add=x)
+        with use_backend("reference", operator="convolution"):
+            conv_channels_last(x, position.proj, add=x)
+    assert taken == ["onednn", "reference", "reference", "onednn", "reference"]
 
 
 def make_half_block(width: int = 8) -> tuple[nn.LayerNorm, Mlp, nn.Module]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -12,7 +14,6 @@ from torch import nn
 
 import vitzoo  # noqa: F401
 from vitzoo.attention import add_mlp, layers
-from vitzoo.backbones import litv2
 from vitzoo.backbones.litv2 import Block, ConvMlp, Downsample, checkpoint_filter_fn
 from vitzoo.zoo.entries.litv2 import ENTRIES
 
@@ -48,13 +49,13 @@ def test_large_maps_go_in_groups_of_images(monkeypatch: pytest.MonkeyPatch) -> N
     mlp, norm, x = ConvMlp(8, 32).eval(), nn.LayerNorm(8).eval(), torch.randn(5, 6, 6, 8)
     whole = x + mlp(norm(x))
     sizes: list[int] = []
-    run = litv2.depthwise_gelu
+    run = layers.convolution
 
-    def noted(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    def noted(x: torch.Tensor, *weights: torch.Tensor, **options: Any) -> torch.Tensor:
         sizes.append(len(x))
-        return run(x, *weights)
+        return run(x, *weights, **options)
 
-    monkeypatch.setattr(litv2, "depthwise_gelu", noted)
+    monkeypatch.setattr(layers, "convolution", noted)
     monkeypatch.setattr(layers, "_LARGE_HIDDEN_BYTES", 5 * 6 * 6 * 32 * 4)
     # Less than one image: one at a time.
     for budget, expected in ((2 * 6 * 6 * 32 * 4, [2, 2, 1]), (1, [1] * 5)):

@@ -1,8 +1,9 @@
-"""Convolution, batch norm and activation as one step, channels-last, where nothing is trained.
+"""Convolution, batch norm, residual and activation as one step, where nothing is trained.
 
 In eval mode on a CPU in float32, without gradients, the norm is folded into the kernel and oneDNN
 adds the residual and applies the activation while it writes the result; anywhere else the modules
-are called one after the other. The two for ByobNets hold timm's parameters under timm's names.
+are called one after the other. The two modules for ByobNets hold timm's parameters under timm's
+names.
 """
 
 from __future__ import annotations
@@ -13,35 +14,55 @@ import torch
 from timm.layers import BatchNormAct2d, ConvNormAct, register_notrace_module
 from torch import Tensor, nn
 
-from vitzoo.attention.layers import listened_to, may_fuse, onednn_sum
+from vitzoo.attention.layers import convolution_settings, listened_to, plain_convolution
 from vitzoo.ops._derived import Derived
-from vitzoo.ops._onednn import records_gradient, takes_sum, why_not_onednn
+from vitzoo.ops._onednn import records_gradient, why_not_onednn
+from vitzoo.ops.convolution import CONVOLUTION, convolution_onednn, pack_kernel
 
 _folded: Derived[tuple[Tensor, Tensor]] = Derived()
-# What oneDNN calls an activation; of that very class, since a subclass may compute something else.
-_FUSED_NAMES = {nn.ReLU: "relu", nn.SiLU: "swish", nn.GELU: "gelu"}
+# Of that very class: a subclass may compute something else.
+_FUSED_NAMES = {nn.ReLU: "relu", nn.SiLU: "silu"}
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def conv_bn_act(
-    x: Tensor, conv: nn.Module, bn: nn.Module, *, act: nn.Module | None = None
+    x: Tensor,
+    conv: nn.Module,
+    bn: nn.Module,
+    *,
+    add: Tensor | None = None,
+    act: nn.Module | None = None,
 ) -> Tensor:
-    """act(bn(conv(x))), channels-last in memory; its caller is a leaf for torch.fx.
+    """act(bn(conv(x)) + add), channels-last in memory; its caller is a leaf for torch.fx.
 
     Args:
         x: map (B, C, H, W).
         conv: convolution.
-        bn: its norm; timm's BatchNormAct2d has an activation of its own.
-        act: activation, where the norm has none.
+        bn: its norm; timm's BatchNormAct2d has an activation of its own, ahead of the sum.
+        add: (B, C', H', W'), like the result, or None.
+        act: what follows the sum, or None.
 
     Returns:
         (B, C', H', W').
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    if not _fusible(conv, bn, act, x):
+    own_act = getattr(bn, "act", None)
+    if (add is not None and _computes(own_act)) or not _folds(conv, bn, x, add):
         x = bn(conv(x))
+        x = x if add is None else x + add
         return x if act is None else act(x)
+    acts = [a for a in (own_act, act) if _computes(a)]
+    name = _fused_name(acts[0]) if acts else None
+    if add is not None:
+        add = add.contiguous(memory_format=torch.channels_last)
+        # The only one that oneDNN applies to a sum.
+        name = "relu" if name == "relu" else None
     weight, bias = _kernel(conv, bn, x)
-    return _convolve(conv, x, weight, bias, *_activations(bn, act))
+    settings = convolution_settings(conv)
+    x = convolution_onednn(x, weight, bias, add=add, activation=name, **settings)
+    for a in acts[1:] if name else acts:
+        x = a(x)
+    return x
 
 
 @register_notrace_module
@@ -81,26 +102,10 @@ class ResidualConvBn(nn.Module):
 
     def forward(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         """Branch (B, C, H, W) and shortcut (B, C', H', W'), if there is one -> its shape."""
-        if not self._fuses(x, shortcut):
+        if self.drop_path.training or listened_to(self.drop_path):
             x = self.drop_path(self.bn(self.conv(x)))
             return self.act(x if shortcut is None else x + shortcut)
-        x = x.contiguous(memory_format=torch.channels_last)
-        weight, bias = _kernel(self.conv, self.bn, x)
-        if shortcut is None:
-            return _convolve(self.conv, x, weight, bias, *_activations(self.bn, self.act))
-        shortcut = shortcut.contiguous(memory_format=torch.channels_last)
-        # The sum can only be followed by ReLU.
-        relu = type(self.act) is nn.ReLU
-        out = onednn_sum(self.conv, x, shortcut, weight, bias, relu=relu)
-        return out if relu else self.act(out)
-
-    def _fuses(self, x: Tensor, shortcut: Tensor | None) -> bool:
-        if self.drop_path.training or listened_to(self.drop_path) or _activations(self.bn, None):
-            return False
-        # The shortcut last: a compiler would remember the question for a map's size.
-        return _fusible(self.conv, self.bn, self.act, x, shortcut) and (
-            shortcut is None or takes_sum(shortcut)
-        )
+        return conv_bn_act(x, self.conv, self.bn, add=shortcut, act=self.act)
 
 
 def fuse_conv_bn(module: nn.Module) -> None:
@@ -112,36 +117,31 @@ def fuse_conv_bn(module: nn.Module) -> None:
             fuse_conv_bn(child)
 
 
-def _fusible(
-    conv: nn.Module, bn: Any, act: nn.Module | None, *maps: Tensor | None
-) -> TypeGuard[nn.Conv2d]:
-    """Whether one oneDNN call may stand for convolution, norm and activation of these maps."""
+def _folds(conv: nn.Module, bn: Any, x: Tensor, add: Tensor | None) -> TypeGuard[nn.Conv2d]:
+    """Whether one oneDNN call may stand for convolution, norm and sum of these maps."""
     # torch.fx traces with something that is no tensor.
-    if not all(x is None or isinstance(x, Tensor) for x in maps):
+    if not isinstance(x, Tensor) or not plain_convolution(conv):
         return False
-    if type(conv) is not nn.Conv2d or type(bn) not in (nn.BatchNorm2d, BatchNormAct2d):
+    if type(bn) not in (nn.BatchNorm2d, BatchNormAct2d) or listened_to(bn):
         return False
     if bn.training or bn.running_mean is None:
         return False
-    acts = _activations(bn, act)
-    if len(acts) > 1 or any(type(a) not in _FUSED_NAMES for a in acts):
+    tensors = (*bn.parameters(), bn.running_mean, bn.running_var)
+    if records_gradient(*tensors) or why_not_onednn(*tensors) is not None:
         return False
-    steps = (conv, bn, getattr(bn, "act", None), act)
-    if any(step is not None and listened_to(step) for step in steps):
-        return False
-    tensors = (*maps, *conv.parameters(), *bn.parameters(), bn.running_mean, bn.running_var)
-    if records_gradient(*tensors) or why_not_onednn(*tensors) is not None or not may_fuse():
-        return False
-    # oneDNN has no kernel for an empty batch; compilers have left by now.
-    if any(x is not None and x.numel() == 0 for x in maps):
-        return False
-    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return CONVOLUTION.select(x, conv.weight, conv.bias, add=add).name == "onednn"
 
 
-def _activations(bn: nn.Module, act: nn.Module | None) -> list[nn.Module]:
-    """What follows the norm, its own activation first."""
-    both = (getattr(bn, "act", None), act)
-    return [a for a in both if a is not None and type(a) is not nn.Identity]
+def _computes(act: nn.Module | None) -> TypeGuard[nn.Module]:
+    """Whether an activation must be applied, or heard by whoever listens to it."""
+    return act is not None and (type(act) is not nn.Identity or listened_to(act))
+
+
+def _fused_name(act: nn.Module) -> str | None:
+    """What `vitzoo.ops.convolution` calls the activation, None if it must be called."""
+    if listened_to(act):
+        return None
+    return _GELUS[act.approximate] if type(act) is nn.GELU else _FUSED_NAMES.get(type(act))
 
 
 def _kernel(conv: nn.Conv2d, bn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ def _kernel(conv: nn.Conv2d, bn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
     def fold_and_pack() -> tuple[Tensor, Tensor]:
         weight, bias = _fold(conv, bn)
-        return _pack(conv, weight, x), bias
+        return pack_kernel(weight, x, **convolution_settings(conv)), bias
 
     return _folded.get(given, fold_and_pack, setting=bn.eps)
 
@@ -173,28 +173,3 @@ def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     if conv.bias is not None:
         bias = bias + conv.bias * scale
     return conv.weight * scale[:, None, None, None], bias
-
-
-def _pack(conv: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
-    """The kernel in oneDNN's order for maps like x; it serves other sizes too."""
-    padding, stride, dilation = (list(pair) for pair in (conv.padding, conv.stride, conv.dilation))
-    return torch.ops.aten.mkldnn_reorder_conv2d_weight(
-        weight.to_mkldnn(), padding, stride, dilation, conv.groups, list(x.shape)
-    )
-
-
-def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor, *acts: nn.Module) -> Tensor:
-    """One call; of activations there is one or none."""
-    return torch.ops.mkldnn._convolution_pointwise(
-        x,
-        weight,
-        bias,
-        conv.padding,
-        conv.stride,
-        conv.dilation,
-        conv.groups,
-        _FUSED_NAMES[type(acts[0])] if acts else "none",
-        [],
-        # Which GELU; the other activations have no choice.
-        getattr(acts[0], "approximate", "") if acts else "",
-    )

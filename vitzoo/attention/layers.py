@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
-from vitzoo.ops import linear, linear_gelu
-from vitzoo.ops._dispatch import forced_for_all
-from vitzoo.ops._onednn import records_gradient, takes_sum, why_not_apart, why_not_onednn
+from vitzoo.ops import convolution, linear, linear_gelu
+from vitzoo.ops._dispatch import forced_backend
+from vitzoo.ops._onednn import records_gradient, why_not_apart
 from vitzoo.ops._sides import overhang, symbolic
+from vitzoo.ops.convolution import add_and_activate
 
 # Hidden values of an MLP that leave the caches, and what is then computed at a time.
 _LARGE_HIDDEN_BYTES = 16 << 20
@@ -151,72 +152,57 @@ class DepthwiseResidual(nn.Module):
 
 def depthwise_residual(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """x + conv(x) for a stride-1 depthwise `conv` and x (B, H, W, C)."""
-    if listened_to(conv) or not may_fuse():
-        return x + conv_channels_last(x, conv)
+    if not plain_convolution(conv) or forced_backend("convolution") == "reference":
+        return conv_channels_last(x, conv, add=x)
     centre = conv.kernel_size[0] // 2
     identity = torch.zeros_like(conv.weight)
     identity[:, :, centre, centre] = 1
+    # Nothing is left to fuse, so torch's convolution serves every device.
     out = F.conv2d(
-        x.permute(0, 3, 1, 2),
-        conv.weight + identity,
-        conv.bias,
-        padding=conv.padding,
-        groups=conv.groups,
+        x.permute(0, 3, 1, 2), conv.weight + identity, conv.bias, **convolution_settings(conv)
     )
     return out.permute(0, 2, 3, 1)
 
 
-def conv_channels_last(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """`conv` on a (B, H, W, C) map without copies: the permuted view is channels-last memory."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def add_conv(x: Tensor, conv: nn.Conv2d, other: Tensor) -> Tensor:
-    """other + conv(x) on (B, H, W, C) maps, for a `conv` of stride 1 that keeps the map's size.
-
-    In inference one oneDNN call, which reads `other` where it writes the sum.
-    """
-    other_layer = type(conv) is not nn.Conv2d or listened_to(conv)
-    unfit = other_layer or records_gradient(x, other, conv.weight, conv.bias)
-    unfit = unfit or why_not_onednn(x, other, conv.weight) is not None or not may_fuse()
-    # Asked last: a compiler would remember the question for a map's size.
-    if unfit or not takes_sum(other.permute(0, 3, 1, 2)):
-        return other + conv_channels_last(x, conv)
-    x, other = x.permute(0, 3, 1, 2), other.permute(0, 3, 1, 2)
-    return onednn_sum(conv, x, other, conv.weight, conv.bias).permute(0, 2, 3, 1)
-
-
-def may_fuse() -> bool:
-    """Whether a convolution may be one step with what surrounds it: not under `reference`."""
-    return forced_for_all(("onednn", "reference")) != "reference"
-
-
-def onednn_sum(
-    conv: nn.Conv2d,
-    x: Tensor,
-    other: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    relu: bool = False,
+def conv_channels_last(
+    x: Tensor, conv: nn.Module, *, add: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
-    """conv(x) + other, then ReLU if wanted, on (B, C, H, W) maps, by other weights than conv's."""
-    out: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
-        x,
-        other,
-        weight,
-        bias,
-        conv.padding,
-        conv.stride,
-        conv.dilation,
-        conv.groups,
-        "add",
-        1.0,
-        "relu" if relu else None,
-        [],
-        "",
+    """activation(add + conv(x)) on (B, H, W, C) maps, one step where `convolution` has one.
+
+    Without copies: the permuted view of such a map is channels-last memory.
+
+    Args:
+        x: (B, H, W, C).
+        conv: its weights are read where it is a plain nn.Conv2d, else it is called.
+        add: (B, H', W', C'), like the result, or None.
+        activation: a name that `vitzoo.ops.convolution` knows, or None.
+
+    Returns:
+        (B, H', W', C').
+    """
+    x = x.permute(0, 3, 1, 2)
+    add = None if add is None else add.permute(0, 3, 1, 2)
+    if (add is None and activation is None) or not plain_convolution(conv):
+        out = add_and_activate(conv(x), add, activation)
+    else:
+        settings = convolution_settings(conv)
+        out = convolution(x, conv.weight, conv.bias, add=add, activation=activation, **settings)
+    return out.permute(0, 2, 3, 1)
+
+
+def plain_convolution(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a step may read the parameters of an nn.Conv2d instead of calling it."""
+    return (
+        type(conv) is nn.Conv2d
+        and not listened_to(conv)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
     )
-    return out
+
+
+def convolution_settings(conv: nn.Conv2d) -> dict[str, Any]:
+    """What `vitzoo.ops.convolution` takes beside the tensors."""
+    return {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
 
 
 @register_notrace_function

@@ -10,7 +10,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from vitzoo.attention.choices import make_choice
-from vitzoo.attention.layers import Linear, add_conv, conv_channels_last, untouched
+from vitzoo.attention.layers import Linear, conv_channels_last, untouched
 from vitzoo.ops import attention, linear, routed_attention
 from vitzoo.ops._derived import kept_views
 from vitzoo.ops._onednn import records_gradient, why_not_onednn
@@ -118,7 +118,7 @@ class BiLevelRoutingAttention(nn.Module):
         )
         out = out.flatten(-2)
         if pads is None:
-            return self.proj(add_conv(v_map, self.lepe, out))
+            return self.proj(conv_channels_last(v_map, self.lepe, add=out))
         local = conv_channels_last(v_map, self.lepe)
         return self.proj(crop(out, 0, H, 0, W) + crop(local, 0, H, 0, W))
 
@@ -261,4 +261,5 @@ class AttentionLePE(nn.Module):
         qkv = self.qkv(x)
         q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         local = x if self.lepe_on == "input" else qkv.chunk(3, dim=-1)[2]
-        return self.proj(add_conv(local, self.lepe, attention(q, k, v).reshape(x.shape)))
+        out = attention(q, k, v).reshape(x.shape)
+        return self.proj(conv_channels_last(local, self.lepe, add=out))

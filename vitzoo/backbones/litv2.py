@@ -25,13 +25,12 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from vitzoo.attention import Linear, add_mlp, pad_image_to_multiple
+from vitzoo.attention import Linear, add_mlp, conv_channels_last, pad_image_to_multiple
 from vitzoo.attention.hilo import HiLo
 from vitzoo.attention.merging import DeformableMerge
 from vitzoo.backbones._build import StateDict, build_backbone, rename, unwrap
 from vitzoo.backbones._registry import ModelInfo, register
 from vitzoo.backbones._staged import Stage, StagedBackbone
-from vitzoo.ops import depthwise_gelu
 from vitzoo.zoo.entries import DataConfig, tag_arguments, timm_configs
 from vitzoo.zoo.entries.litv2 import ENTRIES
 
@@ -82,8 +81,7 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        hidden = depthwise_gelu(self.fc1(x), self.dwconv.weight, self.dwconv.bias)
-        return self.fc2(hidden)
+        return self.fc2(conv_channels_last(self.fc1(x), self.dwconv, activation="gelu"))
 
 
 class Block(nn.Module):

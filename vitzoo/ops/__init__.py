@@ -4,7 +4,7 @@ from vitzoo.ops._dispatch import OPERATORS, Backend, Operator, use_backend
 from vitzoo.ops.attention import attention
 from vitzoo.ops.attention_weights import attention_weights
 from vitzoo.ops.channel import channel_attention
-from vitzoo.ops.depthwise import depthwise_gelu
+from vitzoo.ops.convolution import convolution
 from vitzoo.ops.grouped import grouped_attention
 from vitzoo.ops.halo import halo_attention
 from vitzoo.ops.linear import linear, linear_choices, linear_gelu, set_linear_choices
@@ -22,8 +22,8 @@ __all__ = [
     "attention",
     "attention_weights",
     "channel_attention",
+    "convolution",
     "deformable_merge",
-    "depthwise_gelu",
     "grouped_attention",
     "halo_attention",
     "linear",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,17 +114,9 @@ def forced_backend(operator: str) -> str:
     The environment is `VITZOO_BACKEND_<OPERATOR>`, then `VITZOO_BACKEND`, which only binds
     operators that have a backend of that name.
     """
-    return _forced_among(OPERATORS[operator].backends, operator)
-
-
-def forced_for_all(backends: Collection[str]) -> str:
-    """What all operators are asked to take, for a step that is none and has these backends."""
-    return _forced_among(backends, None)
-
-
-def _forced_among(backends: Collection[str], operator: str | None) -> str:
+    backends = OPERATORS[operator].backends
     for settings in (_forced, _settings()):
-        if operator is not None and operator in settings:
+        if operator in settings:
             return settings[operator]
         name = settings.get("*")
         if name is not None and (name == "auto" or name in backends):
@@ -176,8 +168,6 @@ def _check_backend(name: str, asked: Sequence[Operator], where: str) -> None:
 @contextmanager
 def use_backend(name: str, *, operator: str | None = None) -> Iterator[None]:
     """Force a backend inside a `with` block, for one operator or for all that have it.
-
-    `reference` for all also keeps convolutions apart from the norms and sums around them.
 
     Args:
         name: a backend's name, or `auto`.

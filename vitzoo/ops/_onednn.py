@@ -31,11 +31,6 @@ def _transformed() -> bool:
     )
 
 
-def takes_sum(other: Tensor) -> bool:
-    """Whether oneDNN may add `other` (B, C, H, W) to a convolution; torch 2.11 fails on 1x1."""
-    return other.shape[-2] * other.shape[-1] > 1
-
-
 def why_not_apart(*tensors: Tensor | None) -> str | None:
     """Why a step on the CPU must not be taken apart or put together otherwise, or None."""
     # Asked before most steps, whose products have emptied the caches: few calls, no generators.
