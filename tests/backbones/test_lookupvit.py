@@ -406,3 +406,20 @@ def test_few_compressed_tokens_take_the_projections(
     assert heard == ["kv", "proj"]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_sides_that_an_image_may_be_built_for() -> None:
+    model = timm.create_model("vz_lookupvit_small", depth=1, img_size=(64, 64)).eval()
+    assert model.token_sets.compressed_size == 4
+    assert model(torch.randn(1, 3, 96, 64)).shape == (1, 1000)
+    with pytest.raises(ValueError, match="square"):
+        timm.create_model("vz_lookupvit_small", depth=1, img_size=(64, 96))
+    with pytest.raises(ValueError, match="between 1 and 4"):
+        timm.create_model("vz_lookupvit_small", depth=1, img_size=64, compressed_size=5)
+
+
+def test_maps_train_what_a_classifier_of_compressed_tokens_leaves_alone() -> None:
+    arguments = {"depth": 2, "pool": "compressed", "features_only": True, "out_indices": (0, 1)}
+    model = timm.create_model("vz_lookupvit_small", **arguments)
+    sum(x.square().mean() for x in model(torch.randn(1, 3, 32, 32))).backward()
+    assert all(p.requires_grad and p.grad is not None for p in model.parameters())

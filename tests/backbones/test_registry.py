@@ -337,6 +337,42 @@ def test_an_empty_batch(name: str) -> None:
     model(x).sum().backward()
 
 
+def hear(layers: dict[str, nn.Module], heard: set[str]) -> None:
+    """Hook every layer, as captures of activations and offloading do."""
+    for key, layer in layers.items():
+        layer.register_forward_hook(lambda *_, key=key: heard.add(key))
+
+
+def replace(layers: dict[str, nn.Module], heard: set[str]) -> None:
+    """Give every layer another class, as adapters and quantisation do."""
+    for key, layer in layers.items():
+
+        def forward(self: nn.Module, *x: Tensor, key: str, before: type[nn.Module]) -> Tensor:
+            heard.add(key)
+            return before.forward(self, *x)
+
+        before = type(layer)
+        called = functools.partialmethod(forward, key=key, before=before)
+        layer.__class__ = type(before.__name__, (before,), {"forward": called})
+
+
+@by_name(TIER_2)
+@DEPTHS
+@pytest.mark.parametrize(("touch", "trained"), [(hear, False), (replace, False), (replace, True)])
+def test_no_layer_is_passed_over_that_somebody_touched(
+    name: str, shallow: bool, touch: Any, trained: bool
+) -> None:
+    model, x = build(name, shallow=shallow), images(name, SMALL)
+    kinds = nn.Linear | nn.Conv2d
+    layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, kinds)}
+    heard: set[str] = set()
+    with torch.set_grad_enabled(trained):
+        expected = model(x)
+        touch(layers, heard)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert set(layers) - heard == set()
+
+
 @by_name(TIER_2)
 @DEPTHS
 def test_fx_trace_is_exact(name: str, shallow: bool) -> None:

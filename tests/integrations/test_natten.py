@@ -89,3 +89,12 @@ def test_auto_does_not_take_it() -> None:
     q = torch.zeros(1, 7, 7, 2, 16)
     chosen = OPERATORS["neighborhood_attention"].select(q, q, q, kernel_size=(3, 3))
     assert chosen.name == "portable"
+
+
+def test_what_natten_takes_for_something_else() -> None:
+    q = torch.zeros(1, 7, 7, 2, 16)
+    options = {"kernel_size": (3, 3), "dilation": (1, 1)}
+    why_not = OPERATORS["neighborhood_attention"].why_not
+    assert "scale" in (why_not("natten", q, q, q, scale=0.0, **options) or "")
+    assert "empty" in (why_not("natten", q[:0], q[:0], q[:0], **options) or "")
+    assert "one key" in (why_not("natten", q, q, q, kernel_size=(3, 1)) or "")

@@ -81,3 +81,12 @@ def test_sums_that_onednn_does_not_fuse() -> None:
 def test_an_unknown_activation_is_named() -> None:
     with pytest.raises(ValueError, match="'swish'"):
         convolution(*tensors(7, 9), activation="swish")
+
+
+@torch.no_grad()
+def test_a_bias_that_is_a_view() -> None:
+    x, weight, _ = tensors(7, 9)
+    for bias in (torch.randn(48)[::2], torch.randn(1).expand(24)):
+        expected = convolution(x, weight, bias, activation="gelu", backend="reference")
+        found = convolution(x, weight, bias, activation="gelu")
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)

@@ -11,6 +11,7 @@ from torch.func import grad, jvp, vmap
 
 from vitzoo.engine import bench_cases as cases
 from vitzoo.engine.bench_cases import Case
+from vitzoo.ops import deformable_merge, topk_mask
 
 CASES = {
     "window": cases.window(9, 10, batch=1, biased=True, filled=True),
@@ -77,3 +78,20 @@ def test_second_derivatives_are_right_or_refused(case: Case) -> None:
             second("auto")
     else:
         torch.testing.assert_close(second("auto"), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_forward_mode_through_a_merging() -> None:
+    torch.manual_seed(0)
+    x, offset = torch.randn(1, 5, 6, 3).double(), torch.randn(1, 2, 3, 8).double()
+    weight, tangent = torch.randn(4, 3, 2, 2).double(), torch.randn_like(x)
+    found, expected = (
+        jvp(lambda x: deformable_merge(x, offset, weight, backend=form), (x,), (tangent,))[1]  # noqa: B023
+        for form in ("auto", "reference")
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_selection_is_a_constant_of_a_functional_gradient() -> None:
+    scores = torch.tensor([0.3, -1.0, 2.0, 0.1])
+    found = grad(lambda s: (s * topk_mask(s, 2)).sum())(scores)
+    assert found.tolist() == [1.0, 0.0, 1.0, 0.0]

@@ -98,7 +98,20 @@ def test_arguments_are_checked() -> None:
     q, k, v = draw(4)
     with pytest.raises(ValueError, match="group_size must be positive, got 0"):
         grouped_attention(q, k, v, group_size=0, frame_offsets=offsets_of((4,)))
-    with pytest.raises(ValueError, match="got 4 dimensions"):
+    with pytest.raises(ValueError, match="4, 3 and 3 dimensions"):
         grouped_attention(q[None], k, v, group_size=2, frame_offsets=offsets_of((4,)))
+    with pytest.raises(ValueError, match="got 2 dimensions"):
+        grouped_attention(q[0], k[0], v[0], group_size=2, frame_offsets=offsets_of((4,)))
     with pytest.raises(ValueError, match="frame_offsets"):
         grouped_attention(q, k, v, group_size=2, frame_offsets=torch.tensor([4]))
+
+
+@pytest.mark.parametrize("B", [0, 1, 3])
+def test_sequences_that_are_cut_alike(B: int) -> None:
+    offsets = offsets_of((5, 0, 9))
+    q, k, v = (t.expand(B, *t.shape) * torch.arange(1, B + 1).view(-1, 1, 1, 1) for t in draw(14))
+    out = grouped_attention(q, k, v, group_size=4, frame_offsets=offsets)
+    assert out.shape == (B, 14, 2, 5)
+    for found, *sequence in zip(out, q, k, v, strict=True):
+        expected = grouped_attention(*sequence, group_size=4, frame_offsets=offsets)
+        torch.testing.assert_close(found, expected)

@@ -12,8 +12,10 @@ from vitzoo.ops import (
     _half,
     attention,
     channel_attention,
+    deformable_merge,
     halo_attention,
     neighborhood_attention,
+    routed_attention,
     window_attention,
 )
 
@@ -94,3 +96,66 @@ def test_an_export_keeps_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = torch.export.export(Attend(), (q,)).graph
     values = [node.meta.get("val") for node in graph.nodes]
     assert {v.dtype for v in values if isinstance(v, Tensor)} == {torch.bfloat16}
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+@HALVES
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("instructions", [False, True])
+@pytest.mark.parametrize("name", ["attention", "window", "halo", "neighborhood", "routed", "merge"])
+def test_tables_and_weights_in_float32_beside_halves(
+    name: str,
+    instructions: bool,
+    trained: bool,
+    backend: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_half, "_has_instructions", lambda _: instructions)
+    q = draw(dtype)[0].requires_grad_(trained)
+    table = torch.linspace(-1, 1, 2 * 81).view(2, 81)
+    if name == "attention":
+        q = q.flatten(1, 2)
+        out = attention(q, q, q, bias=torch.randn(2, 90, 90), backend=backend)
+    elif name == "window":
+        bias = torch.randn(2, 16, 16)
+        out = window_attention(q, q, q, window_size=4, bias=bias, backend=backend)
+    elif name == "halo":
+        tables = torch.randn(11, 8), torch.randn(11, 8)
+        out = halo_attention(q, q, q, block_size=4, halo_size=1, axial_bias=tables, backend=backend)
+    elif name == "neighborhood":
+        bias = table.view(2, 9, 9)
+        out = neighborhood_attention(q, q, q, kernel_size=5, bias=bias, backend=backend)
+    elif name == "routed":
+        regions = torch.tensor([[[0, 1], [1, 0]]])
+        out = routed_attention(
+            q, q, q, regions, region_grid=(1, 2), weights=torch.rand(1, 2, 2), backend=backend
+        )
+    else:
+        offset, weight = torch.randn(1, 4, 5, 8), torch.randn(6, 16, 2, 2)
+        out = deformable_merge(q.flatten(3), offset, weight, torch.randn(6), backend=backend)
+    assert out.dtype == dtype
+    assert out.isfinite().all()
+
+
+@HALVES
+@pytest.mark.parametrize("border", ["zero", "mask"])
+def test_keys_that_do_not_exist_stay_finite_under_autocast(border: str, dtype: torch.dtype) -> None:
+    q, k, v = (t.float().requires_grad_() for t in draw(torch.float32))
+    options = {"block_size": 4, "halo_size": 2, "border": border}
+    expected = halo_attention(q, k, v, **options)
+    with torch.autocast("cpu", dtype):
+        out = halo_attention(q, k, v, **options)
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+
+
+@HALVES
+def test_the_windows_reference_under_autocast(dtype: torch.dtype) -> None:
+    q, k, v = draw(torch.float32)
+    with torch.autocast("cpu", dtype):
+        out = window_attention(q, k, v, window_size=4, backend="reference")
+    expected = window_attention(q, k, v, window_size=4)
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)

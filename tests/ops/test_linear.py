@@ -305,3 +305,19 @@ def test_views_of_a_weight_are_packed_once() -> None:
     del weight
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("operator", [linear, linear_gelu])
+@torch.no_grad()
+def test_a_bias_that_is_a_view(operator: Any) -> None:
+    # oneDNN reads a bias by its address: every other number, and one number for all.
+    x, weight = torch.randn(60, 32), torch.randn(48, 32)
+    for bias in (torch.randn(96)[::2], torch.randn(1).expand(48)):
+        expected = operator(x, weight, bias, backend="reference")
+        torch.testing.assert_close(operator(x, weight, bias, backend="onednn"), expected)
+
+
+def test_what_torch_broadcasts_stays_with_torch() -> None:
+    x, weight = torch.randn(60, 32), torch.randn(48, 32)
+    for given in ((x, weight, torch.randn(1)), (x, weight, torch.randn(1, 48)), (x, weight[0])):
+        assert OPERATORS["linear"].why_not("onednn", *given) is not None

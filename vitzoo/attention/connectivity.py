@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitzoo.attention.choices import make_choice
-from vitzoo.attention.layers import Linear
+from vitzoo.attention.layers import Linear, untouched
 from vitzoo.ops import topk_mask
 from vitzoo.ops._sides import pieces, smaller, symbolic
 
@@ -217,6 +217,10 @@ class ConnectivityPredictor(nn.Module):
         Returns:
             (B, heads, N, K).
         """
+        if not (untouched(self.proj_c_q) and untouched(self.proj_c_k)):
+            q, k = self.proj_c_q(q) * self.scale, self.proj_c_k(k)
+            sums = (table.transpose(-2, -1) @ k.flatten(2)).unflatten(-1, k.shape[2:])
+            return q.transpose(1, 2) @ sums.permute(0, 2, 3, 1)
         weight = torch.cat([self.proj_c_q.weight, self.proj_c_q.bias[:, None]], dim=1) * self.scale
         sums = (table.transpose(-2, -1) @ k.flatten(2)).unflatten(-1, k.shape[2:])
         keys = F.linear(sums, weight.t() @ self.proj_c_k.weight)

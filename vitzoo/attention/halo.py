@@ -8,7 +8,7 @@ import torch
 from timm.layers import make_divisible, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from vitzoo.attention.layers import Linear, conv_channels_last, listened_to, pad_to_multiple
+from vitzoo.attention.layers import Linear, conv_channels_last, pad_to_multiple, plain_convolution
 from vitzoo.ops import halo_attention, linear
 from vitzoo.ops._derived import kept_views
 
@@ -175,7 +175,7 @@ class MaskedHaloAttention(nn.Module):
         return self.proj(out.flatten(-2)[:, :H, :W])
 
     def _project(self, x: Tensor) -> Tensor:
-        if listened_to(self.kv):
+        if not plain_convolution(self.kv):
             return conv_channels_last(x, self.kv)
         (weight,) = kept_views(lambda weight: (weight.flatten(1),), (self.kv.weight,))
         return linear(x, weight, None)

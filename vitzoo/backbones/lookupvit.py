@@ -36,6 +36,7 @@ from vitzoo.zoo.entries import DataConfig, timm_configs
 from vitzoo.zoo.entries.lookupvit import ENTRIES
 
 _NORM_EPS = 1e-6
+_COMPRESSED_SIZE = 5
 
 
 @register_notrace_module
@@ -124,14 +125,16 @@ class LookupViT(nn.Module):
     Args:
         in_chans: image channels.
         num_classes: outputs of the classifier.
-        img_size: side of the image whose grid the position table is for; any size runs.
+        img_size: side of the image whose grid the position table is for, or a pair of equal ones;
+            any size runs.
         patch_size: side of a patch in pixels.
         embed_dim: width of both token sets.
         depth: number of blocks.
         num_heads: heads.
         mlp_ratio: hidden width of the compressed tokens' MLP over `embed_dim`.
         lookup_mlp_ratio: hidden width of the lookup tokens' MLP over `embed_dim`.
-        compressed_size: side of the compressed grid; at small inputs that of the lookup grid.
+        compressed_size: side of the compressed grid, 5 or that of a smaller position table unless
+            given; at small inputs that of the lookup grid.
         compressed_sizes: sides to draw from in training, see `draw_compressed_size`.
         reuse: see `vitzoo.ops.lookup_infuse`.
         pool: what the classifier reads, the mean of `both` sets or of the `compressed` one.
@@ -140,8 +143,8 @@ class LookupViT(nn.Module):
         global_pool: pooling of the head.
 
     Raises:
-        ValueError: a compressed size outside 1 to the side of the position table, or an unknown
-            `reuse` or `pool`.
+        ValueError: a compressed size outside 1 to the side of the position table, an `img_size`
+            that is not square, or an unknown `reuse` or `pool`.
     """
 
     def __init__(
@@ -149,14 +152,14 @@ class LookupViT(nn.Module):
         *,
         in_chans: int = 3,
         num_classes: int = 1000,
-        img_size: int = 224,
+        img_size: int | Sequence[int] = 224,
         patch_size: int = 16,
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         lookup_mlp_ratio: float = 0.5,
-        compressed_size: int = 5,
+        compressed_size: int | None = None,
         compressed_sizes: Sequence[int] = (),
         reuse: str = "logits",
         pool: str = "both",
@@ -175,7 +178,12 @@ class LookupViT(nn.Module):
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.pool = pool
         self.grad_checkpointing = False
-        table_side = -(-img_size // patch_size)
+        sides = {img_size} if isinstance(img_size, int) else set(img_size)
+        if len(sides) != 1:
+            raise ValueError(f"the position table is square, img_size {img_size} is not")
+        table_side = -(-sides.pop() // patch_size)
+        if compressed_size is None:
+            compressed_size = min(_COMPRESSED_SIZE, table_side)
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, **factory)
         self.pos_embed = nn.Parameter(torch.empty(1, table_side**2, embed_dim, **factory))
         self.token_sets = TokenSets(compressed_size, compressed_sizes, table_side=table_side)
@@ -203,11 +211,14 @@ class LookupViT(nn.Module):
             embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, **factory
         )
         if pool == "compressed":
-            # Nothing that the classifier reads follows from these.
-            last = self.blocks[-1]
-            for unread in (last.infuse, last.norm_lookup, last.mlp_lookup, self.norm_lookup):
-                unread.requires_grad_(False)
+            for module in self._unread_by_compressed_pool():
+                module.requires_grad_(False)
         self.init_weights()
+
+    def _unread_by_compressed_pool(self) -> list[nn.Module]:
+        """Modules from which nothing follows that a classifier of the compressed tokens reads."""
+        last: Any = self.blocks[-1]
+        return [last.infuse, last.norm_lookup, last.mlp_lookup, self.norm_lookup]
 
     def init_weights(self) -> None:
         """As timm's ViT: linear layers and positions from a truncated normal of 0.02."""
@@ -328,6 +339,10 @@ class LookupViT(nn.Module):
     ) -> list[int]:
         """Drop the blocks after the last one asked for; returns the indices kept."""
         wanted, last = feature_take_indices(len(self.blocks), indices)
+        if self.pool == "compressed":
+            # Maps read them.
+            for module in self._unread_by_compressed_pool():
+                module.requires_grad_()
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
             self.norm_lookup = nn.Identity()  # type: ignore[assignment]

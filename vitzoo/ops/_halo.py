@@ -209,8 +209,11 @@ def _missing(side: int, blocks: int, g: Geometry, border: Border, like: Tensor) 
     start = torch.arange(blocks, device=like.device)[:, None] * g.block - g.halo
     position = start + torch.arange(g.window, device=like.device)
     missing = (position < -reach) | (position >= side + reach)
-    # Two of these and the logit itself stay finite.
-    return missing.to(like.dtype) * (torch.finfo(like.dtype).min / 4)
+    # Two of these and the logit itself stay finite, in the dtype that autocast computes in, too.
+    kind = like.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else like.dtype
+    return missing.to(like.dtype) * (torch.finfo(dtype).min / 4)
 
 
 def _selector(window: int, like: Tensor) -> Tensor:
@@ -280,7 +283,7 @@ def halo_attention_portable(
     missing = _missing(g.H, g.rows, g, border, q), _missing(g.W, g.columns, g, border, q)
     selector = None if axial_bias is None and missing == (None, None) else _selector(g.window, k)
     recorded = records_gradient(q, k, v, *(axial_bias or ()), *(fill or ()))
-    table = None if axial_bias is None else _read_rows(axial_bias, g.window, g.queries)
+    table = None if axial_bias is None else _read_rows(axial_bias, g.window, g.queries).to(q.dtype)
     augment = partial(_augmented_queries, g=g, table=table, missing=missing, scale=scale)
     if recorded or torch.compiler.is_compiling() or needs_derivatives():
         # Gradients need all scores anyway, and a compiled batch may be symbolic: one chunk.

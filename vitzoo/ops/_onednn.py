@@ -31,6 +31,11 @@ def _transformed() -> bool:
     )
 
 
+def contiguous_bias(bias: Tensor | None) -> Tensor | None:
+    """A bias as oneDNN's operators need it: they read memory from its first number on."""
+    return None if bias is None else bias.contiguous()
+
+
 def why_not_apart(*tensors: Tensor | None) -> str | None:
     """Why a step on the CPU must not be taken apart or put together otherwise, or None."""
     # Asked before most steps, whose products have emptied the caches: few calls, no generators.

@@ -51,13 +51,26 @@ def _has_kernels() -> bool:
 
 
 def _why_not_natten(
-    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, **_: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel_size: tuple[int, int],
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    **_: Any,
 ) -> str | None:
     reason = _missing("natten")
     if reason is not None:
         return reason
     if bias is not None:
         return "natten computes no bias."
+    if kernel_size[1] == 1:
+        return "natten takes kernels of more than one key."
+    if scale == 0:
+        return "natten takes a scale of 0 for none given."
+    if q.numel() == 0:
+        return "natten takes no empty batch."
     if q.dtype not in (torch.float32, *_HALVES):
         return f"natten takes float32, float16 and bfloat16, got {q.dtype}."
     if q.device.type == "cuda":

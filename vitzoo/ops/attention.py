@@ -29,7 +29,8 @@ def attention_reference(
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v, written out."""
     weights = attention_weights_reference(q, k, bias=bias, mask=mask, scale=scale)
-    return (weights @ v.transpose(1, 2)).transpose(1, 2)
+    # A bias in float32 keeps the weights of halves in it.
+    return (weights.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
 
 
 def attention_portable(
@@ -68,6 +69,8 @@ def attention_portable(
     if attend is not None and attend.dim() < 4:
         # The fused CPU kernel turns down masks of three dimensions.
         attend = attend[(None,) * (4 - attend.dim())]
+    if attend is not None and attend.dtype != torch.bool:
+        attend = attend.to(q.dtype)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attend, scale=scale
     )

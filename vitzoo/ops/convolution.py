@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
-from vitzoo.ops._onednn import records_gradient, why_not_onednn
+from vitzoo.ops._onednn import contiguous_bias, records_gradient, why_not_onednn
 
 Pair = int | tuple[int, ...]
 
@@ -70,6 +70,7 @@ def convolution_onednn(
 
     The weight may also be what `pack_kernel` made of it.
     """
+    bias = contiguous_bias(bias)
     settings = (_pair(padding), _pair(stride), _pair(dilation), groups)
     fused, form = _ONEDNN_NAMES[activation]
     # The empty list is for activations with numbers of their own.

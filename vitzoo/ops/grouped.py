@@ -188,19 +188,29 @@ def grouped_attention(
     No frame sees another, and an empty frame is allowed (FlatFormer, arXiv 2301.08739).
 
     Args:
-        q, k, v: (tokens, heads, head_dim); v's head_dim may differ.
+        q, k, v: (tokens, heads, head_dim), or (B, tokens, heads, head_dim) for sequences that are
+            cut alike; v's head_dim may differ.
         group_size: tokens of a group.
         frame_offsets: (frames + 1,) int64, the first token of each frame and, last, `tokens`.
         scale: factor on q k^T; head_dim ** -0.5 if None.
         backend: `auto`, `triton`, `xformers`, `portable` or `reference`.
 
     Returns:
-        (tokens, heads, head_dim of v).
+        The shape of q with v's head_dim.
 
     Raises:
-        ValueError: q is not (tokens, heads, head_dim), or the offsets or the size make no groups.
+        ValueError: q has another rank, or the offsets or the size make no groups.
     """
-    return GROUPED_ATTENTION(
+    if not q.dim() == k.dim() == v.dim():
+        raise ValueError(f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions")
+    batch = None
+    if q.dim() == 4:
+        if q.shape[0] == 0:
+            return v
+        batch = q.shape[:2]
+        frame_offsets = _repeat_frames(frame_offsets, *batch)
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    out = GROUPED_ATTENTION(
         q,
         k,
         v,
@@ -209,3 +219,11 @@ def grouped_attention(
         scale=scale,
         backend=backend,
     )
+    return out if batch is None else out.unflatten(0, batch)
+
+
+def _repeat_frames(frame_offsets: Tensor, B: int, tokens: int) -> Tensor:
+    """Offsets of B equal sequences that lie one after the other."""
+    starts = tokens * torch.arange(B, device=frame_offsets.device)
+    frames = (starts[:, None] + frame_offsets[:-1]).flatten()
+    return F.pad(frames, (0, 1), value=B * tokens)

@@ -59,7 +59,7 @@ def halo_attention_reference(
             queries = q[here]
             logits = scale * torch.einsum("byxnd,bjind->bnyxji", queries, keys)
             if axial_bias is not None:
-                height, width = axial_bias
+                height, width = (table.to(q.dtype) for table in axial_bias)
                 iy = torch.arange(queries.shape[1], device=q.device)
                 ix = torch.arange(queries.shape[2], device=q.device)
                 by_row = height[g.window - 1 + jy - iy[:, None]]

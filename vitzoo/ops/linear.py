@@ -19,7 +19,7 @@ from torch import Tensor
 from vitzoo._processor import processor_facts
 from vitzoo.ops._derived import Derived
 from vitzoo.ops._dispatch import Backend, Operator, forced_backend
-from vitzoo.ops._onednn import records_gradient, why_not_onednn
+from vitzoo.ops._onednn import contiguous_bias, records_gradient, why_not_onednn
 
 # A product of fewer multiply-adds is over before oneDNN has set itself up.
 _WORTH_IT = 1 << 22
@@ -42,6 +42,7 @@ def _as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    bias = contiguous_bias(bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
 
 
@@ -79,8 +80,10 @@ def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     if x.numel() == 0 or weight.numel() == 0:
         return "There is nothing to multiply."
-    if x.shape[-1] != weight.shape[-1]:
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[-1]:
         return "The shapes do not fit, which torch says in plainer words."
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return "A bias that is broadcast is torch's to add."
     return why_not_onednn(x, weight, bias)
 
 

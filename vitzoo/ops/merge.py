@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._onednn import needs_derivatives
 from vitzoo.ops._sides import exporting
 
 # Shapes: B batch, H W input map, h w output map, P = kernel_size^2 points of a merged token,
@@ -70,8 +71,8 @@ def deformable_merge_reference(
     batch = torch.arange(B, device=x.device).view(B, 1, 1, 1, 1, 1)
     corners = x.flatten(1, 2)[batch, index]  # (B, h, w, P, 2, 2, C)
     samples = (corners * corner_weight[..., None].to(x.dtype)).sum((-3, -2))
-    merged = torch.einsum("bhwpc,dcp->bhwd", samples, weight.flatten(2))
-    return merged if bias is None else merged + bias
+    merged = torch.einsum("bhwpc,dcp->bhwd", samples, weight.flatten(2).to(x.dtype))
+    return merged if bias is None else merged + bias.to(x.dtype)
 
 
 def deformable_merge_portable(
@@ -84,13 +85,15 @@ def deformable_merge_portable(
     first_row = torch.arange(0, B * H * W, H * W, device=x.device).view(B, 1, 1, 1, 1, 1)
     rows, pixels = (index + first_row).view(-1, 4), x.reshape(B * H * W, C)
     corner_weight = corner_weight.to(x.dtype).view(-1, 4)
-    if exporting():
-        # ONNX knows bags as a loop with a step for each, and OpenVINO does not convert it.
+    if exporting() or needs_derivatives():
+        # ONNX knows bags as a loop with a step for each, and OpenVINO does not convert it. A bag
+        # has no derivative but the first in reverse mode.
         samples = (pixels[rows] * corner_weight[..., None]).sum(1)
     else:
         samples = F.embedding_bag(rows, pixels, per_sample_weights=corner_weight, mode="sum")
     by_point = weight.permute(0, 2, 3, 1).flatten(1)  # (D, P * C)
-    return F.linear(samples.view(B, h, w, kernel_size**2 * C), by_point, bias)
+    samples = samples.view(B, h, w, kernel_size**2 * C)
+    return F.linear(samples, by_point.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def deformable_merge_torchvision(

@@ -85,7 +85,7 @@ def routed_attention_reference(
         chosen_keys = keys[image, regions[:, i]]  # (B, chosen, tokens, heads, d)
         chosen_values = values[image, regions[:, i]]
         if weights is not None:
-            factor = weights[:, i, :, None, None, None]
+            factor = weights[:, i, :, None, None, None].to(v.dtype)
             chosen_keys, chosen_values = chosen_keys * factor, chosen_values * factor
         out.append(
             attention_reference(
@@ -162,7 +162,7 @@ def _picked(
     tokens = keys.shape[1]
     keys, values = pick(keys, numbers), pick(values, numbers)
     if weights is not None:
-        factor = weights.flatten(0, 1).repeat_interleave(tokens, dim=1)[..., None, None]
+        factor = weights.flatten(0, 1).repeat_interleave(tokens, dim=1)[..., None, None].to(v.dtype)
         keys, values = keys * factor, values * factor
     out = attention_portable(queries, keys, values, scale=scale)
     return join_regions(out, region_grid, *q.shape[1:3])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
-from vitzoo.ops._onednn import why_not_apart
+from vitzoo.ops._onednn import needs_derivatives, why_not_apart
 from vitzoo.ops._sides import exporting, symbolic
 
 
@@ -81,6 +81,8 @@ def _numpy_why_not(scores: Tensor, k: int) -> str | None:
         return f"numpy works on the CPU, the scores are on {scores.device.type}."
     if exporting():
         return "an exported graph should need nothing but torch."
+    if needs_derivatives():
+        return "function transforms know torch's own operators only."
     return None
 
 

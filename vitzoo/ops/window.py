@@ -95,7 +95,8 @@ def window_attention_reference(
             )
             true_y, true_x = inside.nonzero(as_tuple=True)
             here = attended.unflatten(1, (window_size, window_size))[:, true_y, true_x]
-            out[:, ys[true_y], xs[true_x]] = here
+            # Autocast computes in another dtype.
+            out[:, ys[true_y], xs[true_x]] = here.to(out.dtype)
     return out
 
 

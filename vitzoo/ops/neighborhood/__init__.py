@@ -84,6 +84,9 @@ def neighborhood_attention(
             "neighborhood_attention takes (B, N, heads, head_dim) or (B, H, W, heads, head_dim), "
             f"got {q.dim()} dimensions"
         )
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[:-1] != q.shape[:-1]:
+            raise ValueError(f"{name} {tuple(x.shape)} lies on another map than q {tuple(q.shape)}")
     axes = q.dim() - 3
     kernel = _per_axis(kernel_size, axes, "kernel_size")
     steps = _per_axis(dilation, axes, "dilation")
