@@ -89,6 +89,8 @@ def test_names_that_do_not_exist(
     said = refused(capsys, "train", recipe, "model.name=vz_davit_tinny", f"run.folder={tmp_path}")
     assert "unknown model 'vz_davit_tinny'; did you mean vz_davit_tiny" in said
     assert "did you mean 'optim.lr'?" in refused(capsys, "train", recipe, "optim.lrr=1")
+    assert "did you mean schedule.epochs?" in refused(capsys, "train", recipe, "epochs=1")
+    assert "'colour' in the arguments" in refused(capsys, "train", recipe, "colour=1")
     assert "optim.lr" in refused(capsys, "train", recipe, "optim.lr=fast")
     assert "unknown task 'detectoin'" in refused(capsys, "train", recipe, "task=detectoin")
     assert "no weights 'nobody_in1k'" in refused(capsys, "eval", "vz_davit_tiny.nobody_in1k")
@@ -125,6 +127,63 @@ def test_class_counts_that_do_not_fit(
     said = refused(capsys, "eval", "vz_davit_tiny", f"data.root={data}")
     assert "3 classes" in said
     assert "1000" in said
+
+
+def test_other_data_is_another_run(
+    capsys: pytest.CaptureFixture[str], recipe: str, tmp_path: Path
+) -> None:
+    data = image_folder(tmp_path / "data", 2, each=8)
+    given = (recipe, *SHORT[:2], "ema.decay=null", f"run.folder={tmp_path}", "data.name=")
+    assert run(["train", *given, f"data.root={data}"]) == 0
+    # The same data may lie elsewhere, as on another machine.
+    moved = data.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert run(["train", *given, f"data.root={moved}"]) == 0
+    assert "nothing left to train" in capsys.readouterr().out
+    noise = (moved / "train/class0/0.png").read_bytes()
+    (moved / "train/class0/more.png").write_bytes(noise)
+    said = refused(capsys, "train", *given, f"data.root={moved}")
+    assert "16 and 16 samples" in said
+    assert "now has 17 and 16: give run.name=NAME" in said
+    (moved / "train/class1").rename(moved / "train/cat")
+    (moved / "val/class1").rename(moved / "val/cat")
+    said = refused(capsys, "train", *given, f"data.root={moved}")
+    assert "without class1 and with cat: give run.name=NAME" in said
+
+
+def test_a_split_folder_is_not_split_again(
+    capsys: pytest.CaptureFixture[str], recipe: str, tmp_path: Path
+) -> None:
+    data = image_folder(tmp_path / "data", 2, each=8)
+    given = (recipe, f"run.folder={tmp_path}", "data.name=", "data.val_fraction=0.25")
+    said = refused(capsys, "train", *given, f"data.root={data}")
+    assert f"data.root={data / 'train'}" in said
+    assert (
+        run(["train", *given, *SHORT[:2], f"data.root={data / 'train'}", "data.batch_size=4"]) == 0
+    )
+
+
+def test_a_class_without_images_is_named(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "val"
+    for label in range(9):
+        (data / str(label)).mkdir(parents=True)
+        Image.new("L", (32, 32)).save(data / str(label) / "0.png")
+    assert run(["eval", str(finished), "data.name=", f"data.root={data}"]) == 0
+    assert "has no image of 9" in caplog.text
+
+
+def test_options_that_do_not_fit(
+    capsys: pytest.CaptureFixture[str], finished: Path, tmp_path: Path
+) -> None:
+    photo = digit_files(tmp_path / "photos", 1) / "0.png"
+    said = refused(capsys, "predict", str(finished), str(photo), "--top", "0")
+    assert "see `vitzoo predict --help`" in said
+    said = refused(capsys, "predict", str(finished), str(photo), "--draw", str(tmp_path / "a.psd"))
+    assert "cannot be drawn" in said
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("vitzoo ")
 
 
 def test_a_recipe_for_another_task(capsys: pytest.CaptureFixture[str], finished: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,6 @@ cli = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Vision transformers with efficient attention: train, evaluate, predict.",
 )
 
 cli.add_typer(commands_bench.cli, name="bench")
@@ -40,8 +40,26 @@ def app(arguments: list[str]) -> int:
         text = error.format_message().rstrip(".")
         if not text:  # No command given: typer has shown the help.
             return 2
-        raise InputError(f"{text}; see `vitzoo --help`") from None
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "vitzoo"
+        raise InputError(f"{text}; see `{command} --help`") from None
     return result if isinstance(result, int) else 0
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vitzoo {version('vitzoo')}")
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Vision transformers with efficient attention: train, evaluate, predict."""
 
 
 @cli.command()
@@ -84,7 +102,7 @@ def predict(
     images: Annotated[
         list[str], typer.Argument(help="Image files or folders, and KEY=VALUE recipe values.")
     ],
-    top: Annotated[int, typer.Option(help="Classes to show of each image.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Classes to show of each image.")] = 5,
     json_path: Annotated[
         Path | None,
         typer.Option("--json", help="Where the results go; default predictions.json in the run."),
@@ -109,7 +127,7 @@ def export(
     values: Overrides = None,
     to: Annotated[str, typer.Option(help="onnx, torch-export or openvino.")] = "onnx",
     dynamic: Annotated[
-        str, typer.Option(help="What stays open: batch, size (height and width), or both.")
+        str, typer.Option(help="What stays open: batch, size (height and width), or batch,size.")
     ] = "",
     features: Annotated[
         bool, typer.Option("--features", help="Export the feature maps instead.")

@@ -15,7 +15,7 @@ import torch
 
 from tests.registry_names import TIER_0, TIER_2, parameters
 from vitzoo import info
-from vitzoo.engine import checkpoint, parity
+from vitzoo.engine import checkpoint, graphs, parity
 from vitzoo.engine.export import BOUNDS, Export, export
 from vitzoo.engine.graphs import SUFFIXES, run_graph, write_graph
 from vitzoo.engine.parity import Parity, compare, compare_detector, fresh_inputs
@@ -414,14 +414,24 @@ def test_points_are_no_images() -> None:
         export("vz_flatformer", "onnx", ["model.pretrained=false"])
 
 
-def test_what_torchao_cannot_quantise_is_said(tmp_path: Path) -> None:
+def test_torchao_quantises_layers_whose_weights_are_joined_elsewhere(tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     values = ["model.pretrained=false", "model.args={depth: 1}"]
+    target = tmp_path / "graph.pt2"
+    made = export("vz_sparsifiner_deit_tiny", "torch-export", values, int8=True, output=target)
+    assert made.agrees
+
+
+def test_what_torchao_cannot_quantise_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao")
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no such product")
+
+    monkeypatch.setattr(graphs, "trace", refuse)
+    values = ["model.pretrained=false", "model.args={depth: 1}"]
+    target = tmp_path / "graph.pt2"
     with pytest.raises(InputError, match="--to onnx --int8 can"):
-        export(
-            "vz_sparsifiner_deit_tiny",
-            "torch-export",
-            values,
-            int8=True,
-            output=tmp_path / "graph.pt2",
-        )
+        export("vz_sparsifiner_deit_tiny", "torch-export", values, int8=True, output=target)

@@ -165,7 +165,7 @@ def test_published_accuracy_is_the_entry() -> None:
     assert timm.get_pretrained_cfg("vz_davit_tiny").num_classes == 1000
 
 
-def test_images_in_memory_of_every_kind() -> None:
+def test_images_in_memory_of_every_kind(tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8)
     chw = pixels.movedim(-1, 0)
     expected = pixels.numpy()
@@ -175,7 +175,15 @@ def test_images_in_memory_of_every_kind() -> None:
     assert np.array_equal(np.asarray(grey), expected[..., 0])
     with pytest.raises(InputError, match="before it is normalised"):
         image_of(torch.randn(3, 5, 7))
-    with pytest.raises(InputError, match=r"float64 \(5, 7, 3\)"):
-        image_of(np.zeros((5, 7, 3)))
+    # Grey floats would be taken for whole numbers.
+    for given in (expected / 255, (expected / 255)[..., 0]):
+        found = np.asarray(image_of(given, mode="RGB"))
+        assert np.array_equal(found[..., 0], expected[..., 0])
+    with pytest.raises(InputError, match="before it is normalised"):
+        image_of(expected.astype(float))
+    with pytest.raises(InputError, match=r"int64 \(5, 7, 3\)"):
+        image_of(np.zeros((5, 7, 3), dtype=np.int64))
+    with pytest.raises(InputError, match="is a folder"):
+        image_of(tmp_path)
     with pytest.raises(InputError, match="not <class 'int'>"):
         image_of(3)

@@ -174,7 +174,8 @@ def evaluate(
         raise InputError("nothing to evaluate on: no readable sample")
     if accelerator.is_main_process:
         published = dict(task.published()) if source.weights is None else {}
-        _print_table(given, len(data.val), metrics, published, len(batches.bad))  # type: ignore[arg-type]
+        samples = len(data.val) - len(batches.bad)  # type: ignore[arg-type]
+        _print_table(given, samples, metrics, published, len(batches.bad))
         if json_path is not None:
             facts = {"model": given, "samples": len(data.val), "measured": metrics}  # type: ignore[arg-type]
             facts |= {"published": published, "unreadable": len(batches.bad)}
@@ -217,7 +218,7 @@ def _print_table(
 
     from vitzoo.engine.report import console
 
-    left_out = f", {bad} unreadable ones left out" if bad else ""
+    left_out = f", {bad} more could not be read" if bad else ""
     table = Table(title=f"{title} on {samples} samples{left_out}", title_justify="left", box=None)
     table.add_column("metric")
     table.add_column("measured", justify="right")

@@ -215,10 +215,9 @@ def look(
         InputError: unknown layer or head, a query beside the image, a file that is no picture's,
             or see `open_source`.
     """
-    from vitzoo.tasks.pictures import open_image
+    from vitzoo.tasks.pictures import drawable, open_image
 
-    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise InputError(f"{output} cannot be drawn: its name must end in .png, .jpg or the like")
+    drawable(output)
     task = opened(given, values)
     picture, x = as_seen(task, open_image(path, where=path, mode="RGB"))
     seen = keys_in_image(body_of(task), x, query=query, layer=layer)

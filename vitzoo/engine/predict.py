@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vitzoo.engine.report import console
 from vitzoo.errors import InputError
 from vitzoo.tasks import Prediction, Task, UnreadableSample, task_class
 from vitzoo.tasks._models import config_of, labels_in
+from vitzoo.tasks.pictures import drawable
 from vitzoo.tasks.results import contact_sheet
 
 logger = logging.getLogger("vitzoo.data")
@@ -186,8 +188,8 @@ def predict_files(
 
 def _check_targets(json_path: Path | None, draw: Path | None) -> None:
     writable(json_path)
-    if draw is not None and draw.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"{draw} cannot be drawn: its name must end in .png, .jpg or the like")
+    if draw is not None:
+        drawable(draw)
 
 
 def _without_image(result: Any) -> Any:
@@ -226,7 +228,9 @@ def _print(results: Sequence[Any], count: int, top: int) -> None:
     table.add_column((f"best {top}" if top > 1 else "best") if ranked else "found")
     for result in results:
         if ranked:
-            text = "  ".join(f"{one.label} {100 * one.score:.1f} %" for one in result.top[:top])
+            # Number and sign stay on one line.
+            shares = (f"{one.label} {100 * one.score:.1f}\N{NO-BREAK SPACE}%" for one in result.top)
+            text = "  ".join(islice(shares, top))
         else:
             text = result.summary()
         table.add_row(result.source or "", text)

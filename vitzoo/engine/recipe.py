@@ -216,6 +216,7 @@ def merge(written: Any, overrides: Sequence[str] = (), *, where: str = "the reci
         InputError: see `load_recipe`.
     """
     omegaconf = _omegaconf()
+    options_type: type = object
     for text in overrides:
         if "=" not in text or text.startswith("="):
             raise InputError(f"{text!r} is not key=value, such as optim.lr=1e-3")
@@ -234,7 +235,10 @@ def merge(written: Any, overrides: Sequence[str] = (), *, where: str = "the reci
         typed = omegaconf.OmegaConf.to_object(config)
         merged = omegaconf.OmegaConf.to_container(config, resolve=True)
     except omegaconf.errors.OmegaConfBaseException as error:
-        raise _explain(error, where) from None
+        key = str(getattr(error, "full_key", None))
+        if any(text.partition("=")[0] == key for text in overrides):
+            where = "the arguments"
+        raise _explain(error, where, _keys(options_type)) from None
     _check_values(typed)
     sections = {f.name: getattr(typed, f.name) for f in dataclasses.fields(options_type)}
     return Recipe(
@@ -264,7 +268,7 @@ _LEAST = {
     "schedule.cooldown_epochs": 0,
     "run.accumulate": 1,
     "run.save_every": 1,
-    "run.keep_checkpoints": 1,
+    "run.keep_checkpoints": 2,
     "run.eval_every": 1,
 }
 _ONE_OF: dict[str, tuple[Any, ...]] = {
@@ -299,6 +303,16 @@ def _check_values(recipe: Any) -> None:
             raise InputError(f"{key}={value} has {len(value)} numbers for {channels} channels")
 
 
+def _keys(options_type: type) -> list[str]:
+    """All recipe keys of a task, `section.name`."""
+    sections = get_type_hints(options_type) | _SECTIONS
+    return [
+        f"{section}.{value.name}"
+        for section, kind in sections.items()
+        for value in dataclasses.fields(kind)
+    ]
+
+
 def _schema(options_type: type) -> type:
     """The dataclass of a whole recipe: the task's sections and the engine's."""
     kinds = get_type_hints(options_type) | _SECTIONS
@@ -315,7 +329,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _explain(error: Any, where: str) -> InputError:
+def _explain(error: Any, where: str, known: Sequence[str]) -> InputError:
     key = getattr(error, "full_key", None)
     sentence = str(error).splitlines()[0].rstrip(".")
     if type(error).__name__ == "MissingMandatoryValue":
@@ -326,6 +340,9 @@ def _explain(error: Any, where: str) -> InputError:
         near = f"{parent}.{guess}" if parent else guess
         return InputError(f"unknown recipe key {key!r}; did you mean {near!r}?")
     if type(error).__name__ == "ConfigKeyError":
+        meant = " or ".join(name for name in known if name.endswith(f".{key}"))
+        if meant:
+            return InputError(f"unknown recipe key {key!r}; did you mean {meant}?")
         return InputError(f"unknown recipe key {key!r} in {where}")
     return InputError(f"recipe key {key}: {sentence}" if key else f"{where}: {sentence}")
 

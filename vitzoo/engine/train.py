@@ -13,30 +13,16 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from vitzoo._paths import write_atomically
-from vitzoo.engine import checkpoint, states
+from vitzoo.engine import checkpoint, resume, states
 from vitzoo.engine.curves import draw_curves
 from vitzoo.engine.loaders import Batches, seed_everything
 from vitzoo.engine.machine import fix_linear
 from vitzoo.engine.optim import batch_factor, build_optimizer, build_schedule
-from vitzoo.engine.recipe import Recipe, write_recipe
+from vitzoo.engine.recipe import Recipe
 from vitzoo.engine.report import Report
 from vitzoo.engine.runfolder import RunFolder
 from vitzoo.errors import InputError, missing_extra
 from vitzoo.tasks import Task, all_reduce_sum, task_class
-
-# May differ between a run and its resumption: none of them changes the result.
-FREE_KEYS = {
-    "data.root",
-    "data.workers",
-    "data.eval_batch_size",
-    "model.compile",
-    "model.grad_checkpointing",
-    "run.folder",
-    "run.device",
-    "run.save_every",
-    "run.keep_checkpoints",
-}
 
 
 @dataclass
@@ -89,7 +75,7 @@ def train(recipe: Recipe) -> Summary:
         accelerator.wait_for_everyone()
         return Trainer(recipe, accelerator, folder).run()
     with folder.locked():
-        _agree(folder, recipe)
+        resume.same_recipe(folder, recipe)
         accelerator.wait_for_everyone()
         return Trainer(recipe, accelerator, folder).run()
 
@@ -112,52 +98,6 @@ def make_accelerator(recipe: Recipe) -> Any:
     )
 
 
-def _agree(folder: RunFolder, recipe: Recipe) -> None:
-    """Keep the recipe with the run, or check that it is the one kept.
-
-    Raises:
-        InputError: the run was started with other values.
-    """
-    if not any(folder.checkpoints.glob("*.safetensors")):
-        if folder.weights.exists():
-            raise InputError(
-                f"{folder.root} has weights but no checkpoint to go on from: give run.name=NAME "
-                "for a new run"
-            )
-        # Nothing is trained yet: a first start that failed must not bind the next.
-        write_atomically(folder.recipe, write_recipe(recipe.merged).encode())
-        return
-    from omegaconf import OmegaConf
-
-    if not folder.recipe.is_file():
-        raise InputError(
-            f"{folder.root} has checkpoints but no {folder.recipe.name} to compare with: put it "
-            "back, or give run.name=NAME for a new run"
-        )
-    before = _flat(OmegaConf.to_container(OmegaConf.load(folder.recipe)))
-    now = _flat(recipe.merged)
-    differing = [
-        f"{key}={before.get(key)} (now {now.get(key)})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in FREE_KEYS
-    ]
-    if differing:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise InputError(
-            f"{folder.root} was started with {', '.join(differing[:3])}{more}: give the same "
-            "values to go on, or run.name=NAME for a new run"
-        )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        found |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return found
-
-
 class Trainer:
     """One process's part of a run."""
 
@@ -177,6 +117,7 @@ class Trainer:
         seed_everything(recipe.run.seed)
         data = self.task.build_data()
         self.task.labels = data.labels
+        self.samples = resume.count_samples(data.train, data.val)
         self.train_batches, self.val_batches = self._batches(data)
         self._build(pretrained=saved is None)
         if saved is not None:
@@ -235,11 +176,9 @@ class Trainer:
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint."""
         self.progress = Progress(**saved.facts["progress"])
-        if tuple(saved.facts["labels"]) != self.task.labels:
-            raise InputError(
-                f"{self.folder.root} was trained on {len(saved.facts['labels'])} classes, the data "
-                f"now has {len(self.task.labels)} or other ones"
-            )
+        resume.same_labels(self.folder.root, tuple(saved.facts["labels"]), self.task.labels)
+        if "samples" in saved.facts:
+            resume.same_samples(self.folder.root, saved.facts["samples"], self.samples)
         states.load(self.model, self.optimizer, saved, sharded=self.sharded)
         if self.ema is not None:
             self.ema.module.load_state_dict(saved.part("ema."))
@@ -279,7 +218,9 @@ class Trainer:
             f"{len(self.task.labels)} classes, {self.updates_per_epoch} updates an epoch, "
             f"{self.accelerator.device} -> {self.folder.root}/"
         )
-        if self.progress.update:
+        if self.progress.epoch >= self.epochs:
+            report.line("this run is finished: there is nothing left to train")
+        elif self.progress.update:
             report.line(f"going on after update {self.progress.update}")
 
     def _train_epoch(self, report: Report, origin: float) -> None:
@@ -456,7 +397,7 @@ class Trainer:
         if self.ema is not None:
             tensors |= {f"ema.{name}": t for name, t in self.ema.module.state_dict().items()}
         facts |= {"progress": asdict(self.progress), "labels": list(self.task.labels)}
-        facts["linear"] = self.linear
+        facts |= {"samples": self.samples, "linear": self.linear}
         scaler = self.accelerator.scaler
         if scaler is not None:
             facts["scaler"] = scaler.state_dict()
@@ -464,5 +405,5 @@ class Trainer:
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
             path = checkpoint.path_of(self.folder.checkpoints, self.progress.update)
             checkpoint.write(path, checkpoint.Checkpoint(tensors, facts))
-            checkpoint.prune(self.folder.checkpoints, max(2, self.recipe.run.keep_checkpoints))
+            checkpoint.prune(self.folder.checkpoints, self.recipe.run.keep_checkpoints)
         self.accelerator.wait_for_everyone()

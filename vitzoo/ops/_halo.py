@@ -211,7 +211,7 @@ def _missing(side: int, blocks: int, g: Geometry, border: Border, like: Tensor) 
     missing = (position < -reach) | (position >= side + reach)
     # Two of these and the logit itself stay finite, in the dtype that autocast computes in, too.
     kind = like.device.type
-    autocast = torch.is_autocast_enabled(kind)
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else like.dtype
     return missing.to(like.dtype) * (torch.finfo(dtype).min / 4)
 

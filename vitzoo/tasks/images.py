@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,10 +17,12 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from vitzoo._paths import cache_folder
-from vitzoo.errors import InputError, missing_extra
+from vitzoo.errors import InputError, missing_extra, some_of
 from vitzoo.tasks.contract import DataOptions, UnreadableSample
 from vitzoo.tasks.pictures import open_image
 from vitzoo.tasks.splits import TRAIN_FOLDERS, find_split, part_of
+
+logger = logging.getLogger("vitzoo.data")
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -306,7 +309,8 @@ def _folder(
         )
     if folder != root and fraction is not None:
         raise InputError(
-            f"{root} is split already, into {folder.name} and others: leave out data.val_fraction"
+            f"{root} is split already: leave out data.val_fraction, or hold out a part of one "
+            f"folder, data.root={folder}"
         )
     try:
         reader = create_reader("", root=str(folder))
@@ -334,8 +338,12 @@ def _follow_labels(source: ReaderSource, labels: tuple[str, ...], folder: Path) 
     if strangers:
         raise InputError(
             f"{folder} has {len(own)} classes, {strangers[0]!r} among them, but the model knows "
-            f"{len(labels)}: they must be the same classes"
+            f"{len(labels)} ({some_of(labels)}): they must be "
+            "the same classes"
         )
+    missing = [name for name in labels if name not in own]
+    if missing and own:
+        logger.warning("%s has no image of %s", folder, some_of(missing))
     index = {name: i for i, name in enumerate(labels)}
     reader = source.reader
     reader.samples = [(path, index[own[target]]) for path, target in reader.samples]

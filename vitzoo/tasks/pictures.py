@@ -60,8 +60,8 @@ def image_of(given: Any, *, mode: str = "RGB") -> Image.Image:
     """An image as somebody has it -> PIL image.
 
     Args:
-        given: a path, a PIL image, an array or tensor of uint8 (H, W), (H, W, 3), or a tensor
-            (1 or 3, H, W) of uint8, or of floats from 0 to 1 (not normalised).
+        given: a path, a PIL image, or an array or tensor (H, W), (H, W, 3), tensors also
+            (1 or 3, H, W), of uint8 or of floats from 0 to 1 (not normalised).
         mode: Pillow's, of the result.
 
     Raises:
@@ -69,7 +69,11 @@ def image_of(given: Any, *, mode: str = "RGB") -> Image.Image:
         UnreadableSample: a path that is no readable image.
     """
     if isinstance(given, str | Path):
+        if Path(given).is_dir():
+            raise InputError(f"{given} is a folder: name the images in it")
         return open_image(given, where=str(given), mode=mode)
+    if isinstance(given, np.ndarray) and np.issubdtype(given.dtype, np.floating):
+        given = torch.from_numpy(np.ascontiguousarray(given))
     if isinstance(given, torch.Tensor):
         given = _pixels(given.detach().cpu())
     if isinstance(given, np.ndarray):
@@ -85,14 +89,25 @@ def image_of(given: Any, *, mode: str = "RGB") -> Image.Image:
     return open_image(given, where="an image in memory", mode=mode)
 
 
+def drawable(path: Path) -> Path:
+    """The path of a picture to write.
+
+    Raises:
+        InputError: its name says no format that Pillow writes.
+    """
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"{path} cannot be drawn: its name must end in .png, .jpg or the like")
+    return path
+
+
 def _pixels(image: torch.Tensor) -> Any:
     """uint8 array (H, W) or (H, W, 3) of a tensor's image."""
     if image.is_floating_point():
         low, high = float(image.min()), float(image.max())
         if not 0 <= low <= high <= 1:
             raise InputError(
-                f"a tensor of floats has values from 0 to 1, not {low:.3g} to {high:.3g}: give the "
-                "image before it is normalised"
+                f"an image of floats has values from 0 to 1, not {low:.3g} to {high:.3g}: give it "
+                "before it is normalised"
             )
         image = (image * 255).round().to(torch.uint8)
     # (3, H, 3) can be read both ways: torch's own layout is the likelier.

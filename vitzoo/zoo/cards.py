@@ -182,7 +182,8 @@ def _measured(records: Sequence[Any], speed: Mapping[str, Any]) -> list[str]:
     ]
     shown = ("model", "baseline", "dtype", "size", "batch", "threads", "mode", "linear", "malloc")
     for row in rows:
-        cells = [row.get(key, "") for key in shown]
+        baseline = str(row.get("baseline", "")) + ", compiled" * bool(row.get("compile_baseline"))
+        cells = [(row | {"baseline": baseline}).get(key, "") for key in shown]
         cells += [_number(row.get(key), 1) for key in ("model_ms", "baseline_ms")]
         cells += [_number(row.get("ratio"), 2)]
         cells += [_number(row.get(key), 0, 1e-6) for key in ("model_bytes", "baseline_bytes")]

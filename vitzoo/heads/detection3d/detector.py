@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 
 from vitzoo.heads.detection3d.centerpoint import CenterHead
@@ -217,9 +216,3 @@ def rename_reference(state_dict: StateDict, backbone: nn.Module) -> StateDict:
             value = -value[[1, 0]]
         found[name] = value
     return found
-
-
-def count_dropped(points: Sequence[Tensor], detector: PillarDetector) -> list[int]:
-    """Points per frame that the detector leaves out: not finite, or outside its range."""
-    with torch.no_grad():
-        return join_frames(points, detector.pillars.point_features, detector.grid)[2].tolist()
