@@ -103,6 +103,20 @@ def test_a_pass_leaves_no_state_behind() -> None:
         assert torch.equal(model(images(112, 112)), before)
 
 
+def test_the_patches_bound_the_budget_behind_a_block_that_prunes_none() -> None:
+    # The authors' mask exists from the first pruning block on: its class column is no patch.
+    arguments = {"depth": 3, "keep_rate": 1.0, "pruning_blocks": (0,), "token_keep_rate": 0.7}
+    model = timm.create_model("vz_sparsifiner_deit_tiny", **arguments).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        details = model.forward_details(x)
+        torch.testing.assert_close(model(x), details.logits)
+    counts = [
+        block.connectivity.mask[:, :, 1].sum(-1).unique().tolist() for block in details.blocks
+    ]
+    assert counts == [[17], [16], [16]]
+
+
 def test_the_budget_counts_all_tokens() -> None:
     model = small(keep_rate=[0.1, 0.25, 0.5, 1.0])
     with torch.no_grad():

@@ -93,7 +93,14 @@ class SparseAttention(nn.Module):
         return self._project(attention(q, k, v, mask=mask))
 
     def remaining(
-        self, x: Tensor, resize: Tensor | None, kept: Tensor, *, removed: int, keep: int | None
+        self,
+        x: Tensor,
+        resize: Tensor | None,
+        kept: Tensor,
+        *,
+        removed: int,
+        keep: int | None,
+        pruned: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention among the tokens that pruning left; `detailed` says the same with a mask.
 
@@ -106,6 +113,7 @@ class SparseAttention(nn.Module):
             kept: their positions (B, n), ascending.
             removed: how many patch tokens are gone.
             keep: how many of them stay after this block; None for all.
+            pruned: an earlier block prunes, so that the tokens left bound the budget.
 
         Returns:
             (B, 1 + n, C), and the indices (B, keep) into the n tokens of those that stay, ascending
@@ -116,7 +124,7 @@ class SparseAttention(nn.Module):
         q, k, v = self._qkv(x)
         n = kept.shape[1]
         with torch.no_grad():
-            left = n if removed else None
+            left = n if pruned else None
             mask = self.mask_predictor(q, k, resize=resize, kept=kept, left=left).mask
         bias = None
         if removed:
@@ -215,10 +223,18 @@ class SparseBlock(nn.Module):
         return self._add(x, self.mlp(self.norm2(x)))
 
     def remaining(
-        self, x: Tensor, resize: Tensor | None, kept: Tensor, removed: int, keep: int | None
+        self,
+        x: Tensor,
+        resize: Tensor | None,
+        kept: Tensor,
+        removed: int,
+        keep: int | None,
+        pruned: bool,
     ) -> tuple[Tensor, Tensor]:
         """`forward` on the tokens at positions `kept` (B, n), of which `keep` stay after it."""
-        out, stay = self.attn.remaining(self.norm1(x), resize, kept, removed=removed, keep=keep)
+        out, stay = self.attn.remaining(
+            self.norm1(x), resize, kept, removed=removed, keep=keep, pruned=pruned
+        )
         x = self._add(x, out)
         if stay is not None:
             kept = kept.gather(1, stay)

@@ -337,7 +337,9 @@ class Sparsifiner(nn.Module):
             left = kept.shape[1]
             keep = self._keep(i, left, patches)
             remaining = self.blocks[i].remaining
-            x, kept = self._call(remaining, x, resize, kept, patches - left, keep)
+            # Behind the first pruning block, whether or not that removed any.
+            pruned = i > first
+            x, kept = self._call(remaining, x, resize, kept, patches - left, keep, pruned)
             if i in wanted:
                 found.append(_scatter(x, kept, patches))
         live = torch.zeros(x.shape[0], patches, dtype=torch.bool, device=x.device)
@@ -377,7 +379,8 @@ class Sparsifiner(nn.Module):
             left = patches = x.shape[1] - 1
             for i, block in enumerate(self.blocks):
                 keep = self._keep(i, left, patches)
-                x, record = block.detailed(x, resize, live, left if left < patches else None, keep)
+                bound = None if live is None else left
+                x, record = block.detailed(x, resize, live, bound, keep)
                 live, left = record.live, left if keep is None else keep
                 records.append(record)
         else:
