@@ -2,7 +2,8 @@
 
 The output of an attention is linear in its values, so the gradient of the output at one query by
 the values is the weight of every key: whatever an operator masks, routes, pads or drops shows, and
-no family is described a second time.
+no family's weights are described a second time. What is told apart is on which grids the queries
+and keys of an operator lie.
 """
 
 from __future__ import annotations
