@@ -18,7 +18,8 @@ from vitzoo.errors import InputError
 from vitzoo.tasks._models import known_name
 from vitzoo.tasks.classification import ClassificationTask
 from vitzoo.tasks.contract import UnreadableSample
-from vitzoo.tasks.images import digits, fashion_mnist_root
+from vitzoo.tasks.fashion_mnist import fashion_mnist_root
+from vitzoo.tasks.images import digits
 from vitzoo.tasks.pictures import image_of, open_image
 from vitzoo.tasks.splits import find_split
 from vitzoo.zoo.published import find_entry

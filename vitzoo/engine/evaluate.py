@@ -13,10 +13,10 @@ import torch
 from vitzoo._paths import write_atomically
 from vitzoo.engine import checkpoint
 from vitzoo.engine.loaders import Batches
+from vitzoo.engine.machine import make_accelerator
 from vitzoo.engine.recipe import Recipe, merge
 from vitzoo.engine.report import Report
 from vitzoo.engine.runfolder import RunFolder, find_run
-from vitzoo.engine.train import make_accelerator
 from vitzoo.errors import InputError
 from vitzoo.tasks import Task, task_class
 from vitzoo.tasks._models import ELSEWHERE, classes_in, config_of, has_other_labels, known_name

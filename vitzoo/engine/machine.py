@@ -1,4 +1,4 @@
-"""What a command settles with the machine before it computes: linear layers and memory.
+"""What a command settles with the machine before it computes: device, linear layers, memory.
 
 What is decided by timing is decided once a machine, so that every run of a recipe computes alike.
 Two processes that time the same products on a busy machine can come to different choices, and the
@@ -20,6 +20,8 @@ import torch
 
 from vitzoo._paths import cache_folder, write_atomically
 from vitzoo._processor import processor_facts
+from vitzoo.engine.recipe import Recipe
+from vitzoo.errors import missing_extra
 from vitzoo.ops.linear import linear_choices, set_linear_choices
 
 logger = logging.getLogger("vitzoo.engine")
@@ -27,6 +29,24 @@ logger = logging.getLogger("vitzoo.engine")
 # mallopt's numbers: bytes from which a block is mapped by itself, bytes at the end of the heap that
 # are given back, bytes that the heap grows by beyond what is asked for.
 _KEEP_FREED = {-3: 2**31 - 1, -1: 2**31 - 1, -2: 2**28}
+
+
+def make_accelerator(recipe: Recipe) -> Any:
+    """accelerate's handle for this process, as the recipe and `accelerate launch` say."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, GradientState
+    except ImportError:
+        raise missing_extra("train", "accelerate") from None
+    if not torch.distributed.is_initialized():
+        # A second run in one process may have another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    return Accelerator(
+        mixed_precision=recipe.run.precision,
+        gradient_accumulation_steps=recipe.run.accumulate,
+        cpu=recipe.run.device == "cpu",
+    )
 
 
 def fix_linear(stored: dict[str, str] | None) -> dict[str, str]:

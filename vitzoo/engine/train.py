@@ -16,12 +16,12 @@ from torch import nn
 from vitzoo.engine import checkpoint, resume, states
 from vitzoo.engine.curves import draw_curves
 from vitzoo.engine.loaders import Batches, seed_everything
-from vitzoo.engine.machine import fix_linear
+from vitzoo.engine.machine import fix_linear, make_accelerator
 from vitzoo.engine.optim import batch_factor, build_optimizer, build_schedule
 from vitzoo.engine.recipe import Recipe
 from vitzoo.engine.report import Report
 from vitzoo.engine.runfolder import RunFolder
-from vitzoo.errors import InputError, missing_extra
+from vitzoo.errors import InputError
 from vitzoo.tasks import Task, all_reduce_sum, task_class
 
 
@@ -78,24 +78,6 @@ def train(recipe: Recipe) -> Summary:
         resume.same_recipe(folder, recipe)
         accelerator.wait_for_everyone()
         return Trainer(recipe, accelerator, folder).run()
-
-
-def make_accelerator(recipe: Recipe) -> Any:
-    """accelerate's handle for this process, as the recipe and `accelerate launch` say."""
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState, GradientState
-    except ImportError:
-        raise missing_extra("train", "accelerate") from None
-    if not torch.distributed.is_initialized():
-        # A second run in one process may have another precision.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-    return Accelerator(
-        mixed_precision=recipe.run.precision,
-        gradient_accumulation_steps=recipe.run.accumulate,
-        cpu=recipe.run.device == "cpu",
-    )
 
 
 class Trainer:

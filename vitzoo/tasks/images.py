@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +12,13 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from vitzoo._paths import cache_folder
 from vitzoo.errors import InputError, missing_extra, some_of
 from vitzoo.tasks.contract import DataOptions, UnreadableSample
+from vitzoo.tasks.fashion_mnist import fashion_mnist_root
 from vitzoo.tasks.pictures import open_image
 from vitzoo.tasks.splits import TRAIN_FOLDERS, find_split, part_of
 
 logger = logging.getLogger("vitzoo.data")
-
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 Transform = Callable[[Image.Image], Any]
 
@@ -365,40 +359,6 @@ def _torchvision(options: ImageDataOptions, name: str, split: str) -> Torchvisio
         raise InputError(f"torchvision's {name} in {root}: {error}") from None
     labels = getattr(dataset, "classes", None)
     return TorchvisionSource(dataset, tuple(labels) if labels else None, f"torch/{name}")
-
-
-def fashion_mnist_root(root: str | None, *, download: bool) -> str:
-    """A folder that torchvision reads Fashion-MNIST from.
-
-    In order: `root` as torchvision lays it out; the four .gz files under `root`, or those of the
-    Debian package `dataset-fashion-mnist`, unpacked into the user's cache; a download.
-
-    Raises:
-        InputError: none of these is there.
-    """
-    cache = cache_folder("datasets")
-    packed = Path(root).expanduser() if root else DEBIAN_FASHION_MNIST
-    target = (packed if root else cache) / "FashionMNIST" / "raw"
-    if len(list(target.glob("*-ubyte"))) == 4 or download:
-        return str(target.parent.parent)
-    archives = sorted(packed.glob("*-ubyte.gz"))
-    if len(archives) != 4:
-        raise InputError(
-            "Fashion-MNIST is not here: install the Debian package dataset-fashion-mnist, or give "
-            "data.root=FOLDER with its four .gz files, or let torchvision fetch it with "
-            "data.download=true"
-        )
-    if root:
-        # Not beside the real ones: a folder may hold anything under their names.
-        cache = cache / hashlib.sha256(str(packed.resolve()).encode()).hexdigest()[:12]
-    target = cache / "FashionMNIST" / "raw"
-    target.mkdir(parents=True, exist_ok=True)
-    for archive in archives:
-        partial = target / f"{archive.stem}.{os.getpid()}.part"
-        with gzip.open(archive) as packed_file, partial.open("wb") as file:
-            shutil.copyfileobj(packed_file, file)
-        partial.replace(target / archive.stem)
-    return str(cache)
 
 
 def _timm_named(

@@ -14,7 +14,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
 from vitzoo.errors import InputError
-from vitzoo.tasks.images import DEBIAN_FASHION_MNIST
+from vitzoo.tasks.fashion_mnist import DEBIAN_FASHION_MNIST
 from vitzoo.tasks.scenes import HEIGHT, VARIANTS, WIDTH, build_scenes
 from vitzoo.tasks.scenes.build import CATEGORY_IDS
 from vitzoo.tasks.scenes.compose import overlap
@@ -93,7 +93,7 @@ def test_garments_or_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         build_scenes(tmp_path / "scenes", counts={"train": 4, "val": 4})
         names = json.loads((tmp_path / "scenes" / "classes.json").read_text())
         assert names == ["background", *VARIANTS["scenes"]]
-    monkeypatch.setattr("vitzoo.tasks.images.DEBIAN_FASHION_MNIST", tmp_path / "none")
+    monkeypatch.setattr("vitzoo.tasks.fashion_mnist.DEBIAN_FASHION_MNIST", tmp_path / "none")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     with pytest.raises(InputError, match="dataset-fashion-mnist"):
         build_scenes(tmp_path / "missing")

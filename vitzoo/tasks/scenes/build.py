@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vitzoo._paths import cache_folder
-from vitzoo.tasks.images import fashion_mnist_root
+from vitzoo.tasks.fashion_mnist import fashion_mnist_root
 from vitzoo.tasks.scenes.compose import HEIGHT, WIDTH, Scene, box_of, compose
 from vitzoo.tasks.scenes.items import Array, Item, coins, digits, garments, photos
 
