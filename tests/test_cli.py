@@ -89,7 +89,7 @@ def test_names_that_do_not_exist(
     said = refused(capsys, "train", recipe, "model.name=vz_davit_tinny", f"run.folder={tmp_path}")
     assert "unknown model 'vz_davit_tinny'; did you mean vz_davit_tiny" in said
     assert "did you mean 'optim.lr'?" in refused(capsys, "train", recipe, "optim.lrr=1")
-    assert "did you mean schedule.epochs?" in refused(capsys, "train", recipe, "epochs=1")
+    assert "did you mean 'schedule.epochs'?" in refused(capsys, "train", recipe, "epochs=1")
     assert "'colour' in the arguments" in refused(capsys, "train", recipe, "colour=1")
     assert "optim.lr" in refused(capsys, "train", recipe, "optim.lr=fast")
     assert "unknown task 'detectoin'" in refused(capsys, "train", recipe, "task=detectoin")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +47,9 @@ def app(arguments: list[str]) -> int:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"vitzoo {version('vitzoo')}")
+        from vitzoo import __version__
+
+        typer.echo(f"vitzoo {__version__}")
         raise typer.Exit
 
 

@@ -148,12 +148,15 @@ def test_what_one_step_does_not_compute_stays_apart(
 @pytest.mark.parametrize("act", [None, nn.ReLU(), nn.GELU()])
 @pytest.mark.parametrize("own_act", [False, True])
 @torch.no_grad()
-def test_the_norms_own_activation_comes_before_a_sum(own_act: bool, act: nn.Module | None) -> None:
+def test_the_norms_own_activation_comes_before_a_sum(
+    own_act: bool, act: nn.Module | None, packed: list[torch.Size]
+) -> None:
     source, x, add = make_source(act=own_act), torch.randn(2, 16, 9, 7), torch.randn(2, 32, 9, 7)
     expected = source(x) + add
     expected = expected if act is None else act(expected)
     out = conv_bn_act(x, source.conv, source.bn, add=add, act=act)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert len(packed) == (not own_act)
 
 
 @pytest.mark.parametrize("trained", ["conv.weight", "bn.weight", "bn.bias"])

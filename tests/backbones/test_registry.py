@@ -358,15 +358,17 @@ def replace(layers: dict[str, nn.Module], heard: set[str]) -> None:
 
 @by_name(TIER_2)
 @DEPTHS
-@pytest.mark.parametrize(("touch", "trained"), [(hear, False), (replace, False), (replace, True)])
+@pytest.mark.parametrize(
+    ("touch", "with_gradients"), [(hear, False), (replace, False), (replace, True)]
+)
 def test_no_layer_is_passed_over_that_somebody_touched(
-    name: str, shallow: bool, touch: Any, trained: bool
+    name: str, shallow: bool, touch: Any, with_gradients: bool
 ) -> None:
     model, x = build(name, shallow=shallow), images(name, SMALL)
     kinds = nn.Linear | nn.Conv2d
     layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, kinds)}
     heard: set[str] = set()
-    with torch.set_grad_enabled(trained):
+    with torch.set_grad_enabled(with_gradients):
         expected = model(x)
         touch(layers, heard)
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)

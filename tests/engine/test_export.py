@@ -422,6 +422,16 @@ def test_torchao_quantises_layers_whose_weights_are_joined_elsewhere(tmp_path: P
     assert made.agrees
 
 
+@pytest.mark.parametrize("name", ["vz_sparsifiner_deit_tiny", "vz_lookupvit_small"])
+def test_quantised_layers_are_called_in_eager_mode(name: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model, x = timm.create_model(name, depth=1).eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        torch.testing.assert_close(model(x), expected, rtol=0.1, atol=0.1)
+
+
 def test_what_torchao_cannot_quantise_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitzoo.attention.layers import convolution_settings, listened_to, plain_convolution
 from vitzoo.ops._derived import Derived
 from vitzoo.ops._onednn import records_gradient, why_not_onednn
-from vitzoo.ops.convolution import CONVOLUTION, convolution_onednn, pack_kernel
+from vitzoo.ops.convolution import convolution_onednn, fuses, pack_kernel
 
 _folded: Derived[tuple[Tensor, Tensor]] = Derived()
 # Of that very class: a subclass may compute something else.
@@ -129,7 +129,7 @@ def _folds(conv: nn.Module, bn: Any, x: Tensor, add: Tensor | None) -> TypeGuard
     tensors = (*bn.parameters(), bn.running_mean, bn.running_var)
     if records_gradient(*tensors) or why_not_onednn(*tensors) is not None:
         return False
-    return CONVOLUTION.select(x, conv.weight, conv.bias, add=add).name == "onednn"
+    return fuses(x, conv.weight, conv.bias, add=add)
 
 
 def _computes(act: nn.Module | None) -> TypeGuard[nn.Module]:

@@ -14,7 +14,7 @@ from vitzoo.ops import convolution, linear, linear_gelu
 from vitzoo.ops._dispatch import forced_backend
 from vitzoo.ops._onednn import records_gradient, why_not_apart
 from vitzoo.ops._sides import overhang, symbolic
-from vitzoo.ops.convolution import add_and_activate
+from vitzoo.ops.convolution import add_and_activate, fuses
 
 # Hidden values of an MLP that leave the caches, and what is then computed at a time.
 _LARGE_HIDDEN_BYTES = 16 << 20
@@ -50,7 +50,12 @@ def untouched(layer: nn.Module) -> bool:
 
     Not where somebody put another layer in its place, or listens.
     """
-    return type(layer) is Linear and not listened_to(layer)
+    return type(layer) is Linear and _is_plain(layer.weight) and not listened_to(layer)
+
+
+def _is_plain(weight: Any) -> bool:
+    """Not a subclass that knows some operators only, such as a quantised weight."""
+    return type(weight) is nn.Parameter or type(weight) is Tensor
 
 
 @register_notrace_module
@@ -185,8 +190,10 @@ def conv_channels_last(
     if (add is None and activation is None) or not plain_convolution(conv):
         out = add_and_activate(conv(x), add, activation)
     else:
-        settings = convolution_settings(conv)
-        out = convolution(x, conv.weight, conv.bias, add=add, activation=activation, **settings)
+        given: Any = (x, conv.weight, conv.bias)
+        options = convolution_settings(conv) | {"add": add, "activation": activation}
+        backend = "onednn" if fuses(*given, **options) else "reference"
+        out = convolution(*given, **options, backend=backend)
     return out.permute(0, 2, 3, 1)
 
 
@@ -194,6 +201,7 @@ def plain_convolution(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether a step may read the parameters of an nn.Conv2d instead of calling it."""
     return (
         type(conv) is nn.Conv2d
+        and _is_plain(conv.weight)
         and not listened_to(conv)
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)

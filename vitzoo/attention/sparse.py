@@ -100,7 +100,7 @@ class SparseAttention(nn.Module):
         *,
         removed: int,
         keep: int | None,
-        pruned: bool,
+        bounded: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention among the tokens that pruning left; `detailed` says the same with a mask.
 
@@ -113,7 +113,7 @@ class SparseAttention(nn.Module):
             kept: their positions (B, n), ascending.
             removed: how many patch tokens are gone.
             keep: how many of them stay after this block; None for all.
-            pruned: an earlier block prunes, so that the tokens left bound the budget.
+            bounded: an earlier block prunes, so that the tokens left bound the budget.
 
         Returns:
             (B, 1 + n, C), and the indices (B, keep) into the n tokens of those that stay, ascending
@@ -124,7 +124,7 @@ class SparseAttention(nn.Module):
         q, k, v = self._qkv(x)
         n = kept.shape[1]
         with torch.no_grad():
-            left = n if pruned else None
+            left = n if bounded else None
             mask = self.mask_predictor(q, k, resize=resize, kept=kept, left=left).mask
         bias = None
         if removed:
@@ -229,11 +229,11 @@ class SparseBlock(nn.Module):
         kept: Tensor,
         removed: int,
         keep: int | None,
-        pruned: bool,
+        bounded: bool,
     ) -> tuple[Tensor, Tensor]:
         """`forward` on the tokens at positions `kept` (B, n), of which `keep` stay after it."""
         out, stay = self.attn.remaining(
-            self.norm1(x), resize, kept, removed=removed, keep=keep, pruned=pruned
+            self.norm1(x), resize, kept, removed=removed, keep=keep, bounded=bounded
         )
         x = self._add(x, out)
         if stay is not None:

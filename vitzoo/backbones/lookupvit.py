@@ -339,8 +339,8 @@ class LookupViT(nn.Module):
     ) -> list[int]:
         """Drop the blocks after the last one asked for; returns the indices kept."""
         wanted, last = feature_take_indices(len(self.blocks), indices)
-        if self.pool == "compressed":
-            # Maps read them.
+        if self.pool == "compressed" and any(p.requires_grad for p in self.parameters()):
+            # Maps read them; a model that was frozen as a whole stays frozen.
             for module in self._unread_by_compressed_pool():
                 module.requires_grad_()
         self.blocks = self.blocks[: last + 1]

@@ -338,8 +338,8 @@ class Sparsifiner(nn.Module):
             keep = self._keep(i, left, patches)
             remaining = self.blocks[i].remaining
             # Behind the first pruning block, whether or not that removed any.
-            pruned = i > first
-            x, kept = self._call(remaining, x, resize, kept, patches - left, keep, pruned)
+            bounded = i > first
+            x, kept = self._call(remaining, x, resize, kept, patches - left, keep, bounded)
             if i in wanted:
                 found.append(_scatter(x, kept, patches))
         live = torch.zeros(x.shape[0], patches, dtype=torch.bool, device=x.device)

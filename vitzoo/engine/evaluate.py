@@ -177,7 +177,7 @@ def evaluate(
         samples = len(data.val) - len(batches.bad)  # type: ignore[arg-type]
         _print_table(given, samples, metrics, published, len(batches.bad))
         if json_path is not None:
-            facts = {"model": given, "samples": len(data.val), "measured": metrics}  # type: ignore[arg-type]
+            facts = {"model": given, "samples": samples, "measured": metrics}
             facts |= {"published": published, "unreadable": len(batches.bad)}
             write_atomically(json_path, (json.dumps(facts, indent=2) + "\n").encode())
     return metrics

@@ -215,9 +215,9 @@ def look(
         InputError: unknown layer or head, a query beside the image, a file that is no picture's,
             or see `open_source`.
     """
-    from vitzoo.tasks.pictures import drawable, open_image
+    from vitzoo.tasks.pictures import check_drawable, open_image
 
-    drawable(output)
+    check_drawable(output)
     task = opened(given, values)
     picture, x = as_seen(task, open_image(path, where=path, mode="RGB"))
     seen = keys_in_image(body_of(task), x, query=query, layer=layer)

@@ -23,7 +23,7 @@ from vitzoo.engine.report import console
 from vitzoo.errors import InputError
 from vitzoo.tasks import Prediction, Task, UnreadableSample, task_class
 from vitzoo.tasks._models import config_of, labels_in
-from vitzoo.tasks.pictures import drawable
+from vitzoo.tasks.pictures import check_drawable
 from vitzoo.tasks.results import contact_sheet
 
 logger = logging.getLogger("vitzoo.data")
@@ -189,7 +189,7 @@ def predict_files(
 def _check_targets(json_path: Path | None, draw: Path | None) -> None:
     writable(json_path)
     if draw is not None:
-        drawable(draw)
+        check_drawable(draw)
 
 
 def _without_image(result: Any) -> Any:

@@ -268,7 +268,7 @@ _LEAST = {
     "schedule.cooldown_epochs": 0,
     "run.accumulate": 1,
     "run.save_every": 1,
-    "run.keep_checkpoints": 2,
+    "run.keep_checkpoints": 1,
     "run.eval_every": 1,
 }
 _ONE_OF: dict[str, tuple[Any, ...]] = {
@@ -340,9 +340,9 @@ def _explain(error: Any, where: str, known: Sequence[str]) -> InputError:
         near = f"{parent}.{guess}" if parent else guess
         return InputError(f"unknown recipe key {key!r}; did you mean {near!r}?")
     if type(error).__name__ == "ConfigKeyError":
-        meant = " or ".join(name for name in known if name.endswith(f".{key}"))
+        meant = [repr(name) for name in known if name.endswith(f".{key}")]
         if meant:
-            return InputError(f"unknown recipe key {key!r}; did you mean {meant}?")
+            return InputError(f"unknown recipe key {key!r}; did you mean {' or '.join(meant)}?")
         return InputError(f"unknown recipe key {key!r} in {where}")
     return InputError(f"recipe key {key}: {sentence}" if key else f"{where}: {sentence}")
 

@@ -13,7 +13,8 @@ from vitzoo.errors import InputError, some_of
 
 _WAY_OUT = "give run.name=NAME for a new run"
 
-# May differ between a run and its resumption: none of them changes the result.
+# May differ between a run and its resumption: none of them changes the result, as long as what lies
+# under data.root is the same; its classes and numbers of samples are compared.
 FREE_KEYS = {
     "data.root",
     "data.workers",
@@ -36,8 +37,7 @@ def same_recipe(folder: RunFolder, recipe: Recipe) -> None:
     if not any(folder.checkpoints.glob("*.safetensors")):
         if folder.weights.exists():
             raise InputError(
-                f"{folder.root} has weights but no checkpoint to go on from: give run.name=NAME "
-                "for a new run"
+                f"{folder.root} has weights but no checkpoint to go on from: {_WAY_OUT}"
             )
         # Nothing is trained yet: a first start that failed must not bind the next.
         write_atomically(folder.recipe, write_recipe(recipe.merged).encode())
@@ -47,7 +47,7 @@ def same_recipe(folder: RunFolder, recipe: Recipe) -> None:
     if not folder.recipe.is_file():
         raise InputError(
             f"{folder.root} has checkpoints but no {folder.recipe.name} to compare with: put it "
-            "back, or give run.name=NAME for a new run"
+            f"back, or {_WAY_OUT}"
         )
     before = _flat(OmegaConf.to_container(OmegaConf.load(folder.recipe)))
     now = _flat(recipe.merged)
@@ -57,10 +57,9 @@ def same_recipe(folder: RunFolder, recipe: Recipe) -> None:
         if before.get(key) != now.get(key) and key not in FREE_KEYS
     ]
     if differing:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise InputError(
-            f"{folder.root} was started with {', '.join(differing[:3])}{more}: give the same "
-            "values to go on, or run.name=NAME for a new run"
+            f"{folder.root} was started with {some_of(differing)}: give the same values to go on, "
+            f"or {_WAY_OUT}"
         )
 
 

@@ -387,5 +387,5 @@ class Trainer:
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
             path = checkpoint.path_of(self.folder.checkpoints, self.progress.update)
             checkpoint.write(path, checkpoint.Checkpoint(tensors, facts))
-            checkpoint.prune(self.folder.checkpoints, self.recipe.run.keep_checkpoints)
+            checkpoint.prune(self.folder.checkpoints, max(2, self.recipe.run.keep_checkpoints))
         self.accelerator.wait_for_everyone()

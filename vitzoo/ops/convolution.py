@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitzoo.ops._dispatch import Backend, Operator
+from vitzoo.ops._dispatch import Backend, Operator, forced_backend
 from vitzoo.ops._onednn import contiguous_bias, records_gradient, why_not_onednn
 
 Pair = int | tuple[int, ...]
@@ -109,11 +110,15 @@ def _why_not_onednn(
         return "oneDNN's fused convolution has no backward pass."
     reason = why_not_onednn(x, weight, bias, add)
     # The shapes last: a compiler would remember the questions for a map's size.
+    if reason is None and x.dim() != 4:
+        reason = "oneDNN takes batches of maps."
     if reason is None and x.numel() == 0:
         reason = "oneDNN has no kernel for an empty batch."
     if reason is None and add is not None:
         if activation not in (None, "relu"):
             reason = "After a sum oneDNN applies ReLU only."
+        elif len(add) != len(x):
+            reason = "A batch that is broadcast is torch's to add."
         elif add.shape[-2] * add.shape[-1] == 1:
             reason = "torch 2.11 fails to add to a map of one position."
     return reason
@@ -126,6 +131,17 @@ CONVOLUTION = Operator(
         Backend("reference", convolution_reference),
     ],
 )
+
+
+def fuses(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> bool:
+    """Whether a layer may take oneDNN's one step: it serves, and nobody forces the reference.
+
+    A layer must run where a forced oneDNN cannot serve, as in training: it asks, and does not get
+    the sentence of a caller of `convolution`.
+    """
+    if forced_backend(CONVOLUTION.name) == "reference":
+        return False
+    return CONVOLUTION.why_not("onednn", x, weight, bias, **options) is None
 
 
 def convolution(

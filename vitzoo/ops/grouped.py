@@ -201,12 +201,14 @@ def grouped_attention(
     Raises:
         ValueError: q has another rank, or the offsets or the size make no groups.
     """
-    if not q.dim() == k.dim() == v.dim():
-        raise ValueError(f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions")
+    if not q.shape[:-1] == k.shape[:-1] == v.shape[:-1]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
+        raise ValueError(f"q, k and v must be the same tokens and heads, got {shapes}")
     batch = None
     if q.dim() == 4:
+        check_groups(q.flatten(0, 1), group_size, frame_offsets)
         if q.shape[0] == 0:
-            return v
+            return v.new_empty(v.shape)
         batch = q.shape[:2]
         frame_offsets = _repeat_frames(frame_offsets, *batch)
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))

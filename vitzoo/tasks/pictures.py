@@ -72,8 +72,8 @@ def image_of(given: Any, *, mode: str = "RGB") -> Image.Image:
         if Path(given).is_dir():
             raise InputError(f"{given} is a folder: name the images in it")
         return open_image(given, where=str(given), mode=mode)
-    if isinstance(given, np.ndarray) and np.issubdtype(given.dtype, np.floating):
-        given = torch.from_numpy(np.ascontiguousarray(given))
+    if isinstance(given, np.ndarray) and given.size and np.issubdtype(given.dtype, np.floating):
+        given = _bytes(torch.from_numpy(given.astype(np.float32))).numpy()
     if isinstance(given, torch.Tensor):
         given = _pixels(given.detach().cpu())
     if isinstance(given, np.ndarray):
@@ -89,27 +89,31 @@ def image_of(given: Any, *, mode: str = "RGB") -> Image.Image:
     return open_image(given, where="an image in memory", mode=mode)
 
 
-def drawable(path: Path) -> Path:
-    """The path of a picture to write.
+def _bytes(image: torch.Tensor) -> torch.Tensor:
+    """Floats from 0 to 1 -> uint8."""
+    low, high = float(image.min()), float(image.max())
+    if not 0 <= low <= high <= 1:
+        raise InputError(
+            f"an image of floats has values from 0 to 1, not {low:.3g} to {high:.3g}: give it "
+            "before it is normalised"
+        )
+    return (image * 255).round().to(torch.uint8)
+
+
+def check_drawable(path: Path) -> None:
+    """Check the path of a picture to write.
 
     Raises:
         InputError: its name says no format that Pillow writes.
     """
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise InputError(f"{path} cannot be drawn: its name must end in .png, .jpg or the like")
-    return path
 
 
 def _pixels(image: torch.Tensor) -> Any:
     """uint8 array (H, W) or (H, W, 3) of a tensor's image."""
     if image.is_floating_point():
-        low, high = float(image.min()), float(image.max())
-        if not 0 <= low <= high <= 1:
-            raise InputError(
-                f"an image of floats has values from 0 to 1, not {low:.3g} to {high:.3g}: give it "
-                "before it is normalised"
-            )
-        image = (image * 255).round().to(torch.uint8)
+        image = _bytes(image)
     # (3, H, 3) can be read both ways: torch's own layout is the likelier.
     if image.dim() == 3 and image.shape[0] in (1, 3):
         image = image.movedim(0, -1)
