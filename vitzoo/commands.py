@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vitzoo import commands_bench
+from vitzoo import __version__, commands_bench
 from vitzoo.commands_weights import cli as weights
 from vitzoo.errors import InputError
 
@@ -47,8 +47,6 @@ def app(arguments: list[str]) -> int:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from vitzoo import __version__
-
         typer.echo(f"vitzoo {__version__}")
         raise typer.Exit
 
