@@ -49,13 +49,13 @@ def test_large_maps_go_in_groups_of_images(monkeypatch: pytest.MonkeyPatch) -> N
     mlp, norm, x = ConvMlp(8, 32).eval(), nn.LayerNorm(8).eval(), torch.randn(5, 6, 6, 8)
     whole = x + mlp(norm(x))
     sizes: list[int] = []
-    run = layers.convolution
+    run = layers.convolution_onednn
 
     def noted(x: torch.Tensor, *weights: torch.Tensor, **options: Any) -> torch.Tensor:
         sizes.append(len(x))
         return run(x, *weights, **options)
 
-    monkeypatch.setattr(layers, "convolution", noted)
+    monkeypatch.setattr(layers, "convolution_onednn", noted)
     monkeypatch.setattr(layers, "_LARGE_HIDDEN_BYTES", 5 * 6 * 6 * 32 * 4)
     # Less than one image: one at a time.
     for budget, expected in ((2 * 6 * 6 * 32 * 4, [2, 2, 1]), (1, [1] * 5)):

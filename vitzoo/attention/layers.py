@@ -10,11 +10,16 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
-from vitzoo.ops import convolution, linear, linear_gelu
+from vitzoo.ops import linear, linear_gelu
 from vitzoo.ops._dispatch import forced_backend
 from vitzoo.ops._onednn import records_gradient, why_not_apart
 from vitzoo.ops._sides import overhang, symbolic
-from vitzoo.ops.convolution import add_and_activate, fuses
+from vitzoo.ops.convolution import (
+    add_and_activate,
+    convolution_onednn,
+    convolution_reference,
+    fuses,
+)
 
 # Hidden values of an MLP that leave the caches, and what is then computed at a time.
 _LARGE_HIDDEN_BYTES = 16 << 20
@@ -192,8 +197,8 @@ def conv_channels_last(
     else:
         given: Any = (x, conv.weight, conv.bias)
         options = convolution_settings(conv) | {"add": add, "activation": activation}
-        backend = "onednn" if fuses(*given, **options) else "reference"
-        out = convolution(*given, **options, backend=backend)
+        run = convolution_onednn if fuses(*given, **options) else convolution_reference
+        out = run(*given, **options)
     return out.permute(0, 2, 3, 1)
 
 
