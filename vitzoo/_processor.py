@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,3 +16,11 @@ def processor_facts() -> dict[str, str]:
         return {}
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+@lru_cache(maxsize=1)
+def is_amd() -> bool:
+    """Whether AMD made the processor; MKL treats those differently."""
+    # Windows names the vendor in the second place.
+    vendor = processor_facts().get("vendor_id") or platform.processor()
+    return "AuthenticAMD" in vendor

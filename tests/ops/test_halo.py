@@ -43,11 +43,22 @@ def call(
 
 
 @pytest.mark.parametrize("border", ["zero", "mask", "constant"])
-@pytest.mark.parametrize(("block", "halo_size", "stride"), [(8, 3, 1), (7, 2, 1), (4, 1, 2)])
+@pytest.mark.parametrize(
+    ("block", "halo_size", "stride", "on_amd"),
+    [(8, 3, 1, False), (8, 3, 1, True), (7, 2, 1, True), (4, 1, 2, False)],
+)
 @pytest.mark.parametrize(("H", "W"), SIZES)
 def test_portable_is_the_reference(
-    H: int, W: int, block: int, halo_size: int, stride: int, border: str
+    H: int,
+    W: int,
+    block: int,
+    halo_size: int,
+    stride: int,
+    on_amd: bool,
+    border: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(_halo, "_on_amd", lambda: on_amd)
     given = inputs(H, W, stride=stride, window=block + 2 * halo_size)
     used = [name for name in given if border == "constant" or "fill" not in name]
     arguments = {"block_size": block, "halo_size": halo_size, "stride": stride, "border": border}
@@ -98,18 +109,20 @@ CHUNKS = [
 
 @pytest.mark.parametrize(("scores", "queries", "chunks"), CHUNKS)
 @pytest.mark.parametrize("border", ["zero", "mask"])
-@pytest.mark.parametrize("value_dim", [6, 16])
+@pytest.mark.parametrize(("value_dim", "on_amd"), [(6, False), (6, True), (16, False)])
 def test_chunks_do_not_change_the_result(
     scores: int,
     queries: int,
     chunks: list[tuple[int, int]],
     border: str,
     value_dim: int,
+    on_amd: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = inputs(13, 30, dims=(4, value_dim), window=8)
     arguments = {"block_size": 4, "halo_size": 2, "backend": "portable", "border": border}
     whole = call(given, **arguments | {"backend": "reference"})
+    monkeypatch.setattr(_halo, "_on_amd", lambda: on_amd)
     monkeypatch.setattr(_halo, "_CPU_CHUNK_BYTES", scores)
     monkeypatch.setattr(_halo, "_CPU_QUERY_BYTES", queries)
     sizes = _halo.Geometry(B=2, H=13, W=30, heads=2, block=4, halo=2, stride=1)

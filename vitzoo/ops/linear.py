@@ -7,7 +7,6 @@ both are timed once a process, in a few milliseconds, when the first product of 
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitzoo._processor import processor_facts
+from vitzoo._processor import is_amd
 from vitzoo.ops._derived import Derived
 from vitzoo.ops._dispatch import Backend, Operator, forced_backend
 from vitzoo.ops._onednn import contiguous_bias, records_gradient, why_not_onednn
@@ -146,10 +145,8 @@ def set_linear_choices(choices: Mapping[str, str] | None) -> None:
 @lru_cache(maxsize=1)
 def _blas_is_narrow() -> bool:
     """Whether torch's BLAS is MKL on an AMD processor with AVX-512: it uses half of that width."""
-    # Windows names the vendor there.
-    vendor = processor_facts().get("vendor_id") or platform.processor()
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and torch.backends.mkl.is_available() and "AuthenticAMD" in vendor
+    return wide and torch.backends.mkl.is_available() and is_amd()
 
 
 @torch.no_grad()
