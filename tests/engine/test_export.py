@@ -32,12 +32,13 @@ onnxruntime = pytest.importorskip("onnxruntime")
 RunOf = Callable[[str], Path]
 FOUR = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4)}
 # Symbolic regions take half a minute of tracing: slow tests.
-ANY_SIZE: dict[str, dict[str, Any]] = {
-    "vz_dinat_mini": {**FOUR, "dilations": ((8,), (1,), (2,), (1,))},
-    "vz_biformer_tiny": {"depths": (1, 1, 1, 1)},
-    "vz_biformer_stl_nchw": {"depths": (1, 1, 1, 1)},
-    "vz_sparsifiner_deit_tiny": {"depth": 2},
-}
+ANY_SIZE: list[tuple[str, dict[str, Any]]] = [
+    ("vz_dinat_mini", {**FOUR, "dilations": ((8,), (1,), (2,), (1,))}),
+    ("vz_biformer_tiny", {"depths": (1, 1, 1, 1)}),
+    ("vz_biformer_stl_nchw", {"depths": (1, 1, 1, 1)}),
+    ("vz_sparsifiner_deit_tiny", {"depth": 2}),
+    ("vz_sparsifiner_deit_tiny", {"depth": 3, "pruning_blocks": (1,), "token_keep_rate": 0.7}),
+]
 WHOLE = [pytest.param(name, marks=pytest.mark.slow) for name in TIER_2]
 
 
@@ -72,14 +73,16 @@ def test_any_batch_and_size_in_one_graph(to: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "arguments"),
     [
-        pytest.param(name, marks=() if "sparsifiner" in name else pytest.mark.slow)
-        for name in ANY_SIZE
+        pytest.param(name, arguments, marks=() if "sparsifiner" in name else pytest.mark.slow)
+        for name, arguments in ANY_SIZE
     ],
 )
-def test_tiles_regions_and_budgets_follow_the_size(name: str, tmp_path: Path) -> None:
-    network = _network(name, (3, 224, 224), num_classes=5, **ANY_SIZE[name])
+def test_tiles_regions_and_budgets_follow_the_size(
+    name: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    network = _network(name, (3, 224, 224), num_classes=5, **arguments)
     assert_agrees(network, tmp_path, size=True, formats=("torch-export",))
 
 

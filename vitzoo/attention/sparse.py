@@ -5,7 +5,6 @@ Tokens are (B, N, C): the class token, then the patches of a grid in raster orde
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from vitzoo.attention.connectivity import (
 )
 from vitzoo.attention.layers import Linear, Mlp
 from vitzoo.ops import attention, attention_weights, topk_mask
+from vitzoo.ops._sides import symbolic
 
 
 class AttentionRecord(NamedTuple):
@@ -127,12 +127,14 @@ class SparseAttention(nn.Module):
             left = n if bounded else None
             mask = self.mask_predictor(q, k, resize=resize, kept=kept, left=left).mask
         bias = None
-        if removed:
+        if symbolic(removed) or removed:
             # The stand-in is the last key; only the class row is connected to it.
             mask = F.pad(mask, (0, 1))
             mask[:, :, 0, -1] = True
             k, v = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (k, v))
-            bias = F.pad(q.new_zeros(n + 1), (0, 1), value=math.log(removed))
+            # Not math.log, which would settle an unknown number; it may be 0, which adds no weight.
+            logit = torch.scalar_tensor(removed, dtype=q.dtype, device=q.device).log()
+            bias = torch.cat([q.new_zeros(n + 1), logit[None]])
         out = self._project(attention(q, k, v, bias=bias, mask=mask))
         if keep is None:
             return out, None

@@ -216,11 +216,14 @@ def trace(
 @contextmanager
 def _sizes_unknown(active: bool) -> Iterator[None]:
     """Trace without taking a side of one for a case of its own."""
+    from torch._dynamo import config
     from torch.fx.experimental import _config
 
     before = _config.backed_size_oblivious
     _config.backed_size_oblivious = active or before
     try:
-        yield
+        # Under symbols the cache of shapes takes longer than working them out again.
+        with config.patch(fake_tensor_cache_enabled=False):
+            yield
     finally:
         _config.backed_size_oblivious = before

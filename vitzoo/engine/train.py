@@ -201,7 +201,10 @@ class Trainer:
             f"{self.accelerator.device} -> {self.folder.root}/"
         )
         if self.progress.epoch >= self.epochs:
-            report.line("this run is finished: there is nothing left to train")
+            report.line(
+                "this run is finished: there is nothing left to train; run.name=NAME "
+                f"model.checkpoint={self.folder.weights} trains on from its weights"
+            )
         elif self.progress.update:
             report.line(f"going on after update {self.progress.update}")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +26,7 @@ OPERATORS: dict[str, Operator] = {}
 
 # Operator name ("*" for all) -> backend forced by `use_backend`, ahead of the environment.
 _forced: dict[str, str] = {}
-# Read once, at the first call: the variables are settings of a process, and reading them while
-# torch.compile traces would break the graph.
+# Read once, at the first call: the variables are settings of a process.
 _environment: dict[str, str] | None = None
 _reported: set[tuple[str, str]] = set()
 Listener = Callable[["Operator", tuple[Any, ...], dict[str, Any], Tensor], None]
@@ -114,14 +113,22 @@ def forced_backend(operator: str) -> str:
     The environment is `VITZOO_BACKEND_<OPERATOR>`, then `VITZOO_BACKEND`, which only binds
     operators that have a backend of that name.
     """
-    backends = OPERATORS[operator].backends
-    for settings in (_forced, _settings()):
-        if operator in settings:
-            return settings[operator]
-        name = settings.get("*")
-        if name is not None and (name == "auto" or name in backends):
-            return name
-    return "auto"
+    return _asked(_forced, operator) or _asked_by_environment(operator) or "auto"
+
+
+def _asked(settings: Mapping[str, str], operator: str) -> str | None:
+    if operator in settings:
+        return settings[operator]
+    name = settings.get("*")
+    known = name == "auto" or name in OPERATORS[operator].backends
+    return name if known else None
+
+
+@torch.compiler.assume_constant_result
+def _asked_by_environment(operator: str) -> str | None:
+    # A compiler asks and keeps the answer. It would guard what it followed, and compile every model
+    # again at its second call, because the first one reads the environment.
+    return _asked(_settings(), operator)
 
 
 def _settings() -> dict[str, str]:
