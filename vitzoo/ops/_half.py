@@ -1,12 +1,13 @@
-"""Half precision on CPUs that have no instructions for it.
+"""The dtype that a call computes in: autocast's, or float32 where halves are slow.
 
-torch then emulates every product, many times slower than in float32: there it pays to widen the
-inputs, and the sums are better too.
+On CPUs without instructions for half precision torch emulates every product, many times slower than
+in float32: there it pays to widen the inputs, and the sums are better too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -20,6 +21,21 @@ _INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
 }
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where that is on, else that of x."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A block in which operands keep their dtypes, because buffers have theirs."""
+    # The meta device has no autocast. Not `is_autocast_available`: torch 2.11 cannot compile it.
+    kind = x.device.type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 @torch.compiler.assume_constant_result
@@ -48,7 +64,7 @@ def _wide(given: Any) -> Any:
 
 def widened(attend: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """`attend` with all tensors in float32, its result in the dtype of the third, the values."""
-    with torch.autocast("cpu", enabled=False):
+    with without_autocast(args[0]):
         out = attend(*_wide(args), **{name: _wide(x) for name, x in kwargs.items()})
     return out.to(args[2].dtype)
 

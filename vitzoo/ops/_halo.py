@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitzoo._processor import is_amd
-from vitzoo.ops._half import widen_where_slow
+from vitzoo.ops._half import computed_dtype, widen_where_slow
 from vitzoo.ops._onednn import needs_derivatives, records_gradient
 from vitzoo.ops._sides import pieces
 
@@ -211,10 +211,7 @@ def _missing(side: int, blocks: int, g: Geometry, border: Border, like: Tensor) 
     position = start + torch.arange(g.window, device=like.device)
     missing = (position < -reach) | (position >= side + reach)
     # Two of these and the logit itself stay finite, in the dtype that autocast computes in, too.
-    kind = like.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast else like.dtype
-    return missing.to(like.dtype) * (torch.finfo(dtype).min / 4)
+    return missing.to(like.dtype) * (torch.finfo(computed_dtype(like)).min / 4)
 
 
 def _selector(window: int, like: Tensor) -> Tensor:
@@ -282,7 +279,9 @@ def halo_attention_portable(
     g = geometry(q, k, v, block_size, halo_size, stride, axial_bias, border, fill)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     missing = _missing(g.H, g.rows, g, border, q), _missing(g.W, g.columns, g, border, q)
-    selector = None if axial_bias is None and missing == (None, None) else _selector(g.window, k)
+    # Not a comparison of pairs: torch 2.11 cannot compile a tensor's with None.
+    unmasked = missing[0] is None and missing[1] is None
+    selector = None if axial_bias is None and unmasked else _selector(g.window, k)
     recorded = records_gradient(q, k, v, *(axial_bias or ()), *(fill or ()))
     table = None if axial_bias is None else _read_rows(axial_bias, g.window, g.queries).to(q.dtype)
     augment = partial(_augmented_queries, g=g, table=table, missing=missing, scale=scale)
@@ -366,7 +365,7 @@ def _augmented_queries(
     lead = q.shape[:4]
     q = q.reshape(-1, g.queries, g.queries, q.shape[-1])
     parts = [q * scale]
-    if table is not None or missing != (None, None):
+    if table is not None or missing[0] is not None or missing[1] is not None:
         if table is not None:
             terms = list(_axial_terms(q, table, g.window))
         else:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend
+from vitzoo.ops._half import computed_dtype
 from vitzoo.ops._onednn import needs_derivatives, records_gradient
 from vitzoo.ops._proven import why_not_proven
 from vitzoo.ops._sides import exporting
@@ -48,12 +49,6 @@ def lanes(dtype: torch.dtype, *, plain: bool = False) -> int:
             pairs; only then larger tiles are faster (docs/decisions.md, "Few warps").
     """
     return 64 if plain and dtype != torch.float32 else 32
-
-
-def computed_dtype(q: Tensor) -> torch.dtype:
-    """What the kernels compute in: autocast's type where that is on."""
-    device = q.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
 
 
 def why_not_triton(q: Tensor, k: Tensor, v: Tensor, *, one_map: bool = False) -> str | None:

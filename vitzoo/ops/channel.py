@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._folding import may_fold
-from vitzoo.ops._half import widen_where_slow
+from vitzoo.ops._half import widen_where_slow, without_autocast
 
 AxisScale = Literal["head_dim", "tokens"]
 
@@ -44,12 +43,7 @@ def channel_attention_portable(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.dtype == torch.float16:
         # The sum runs over all tokens and is not divided by their number: it can pass 65504.
-        autocast = (
-            torch.autocast(q.device.type, enabled=False)
-            if torch.amp.is_autocast_available(q.device.type)
-            else nullcontext()
-        )
-        with autocast:
+        with without_autocast(q):
             logits = (q.float() * scale).transpose(-2, -1) @ k.float()
     else:
         logits = (q * scale).transpose(-2, -1) @ k

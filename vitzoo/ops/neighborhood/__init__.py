@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vitzoo.ops._dispatch import Backend, Operator
-from vitzoo.ops._kernels import computed_dtype, triton_backend
+from vitzoo.ops._half import computed_dtype
+from vitzoo.ops._kernels import triton_backend
 from vitzoo.ops._onednn import records_gradient
 from vitzoo.ops._optional import natten_backend
 from vitzoo.ops.neighborhood.portable import neighborhood_attention_portable

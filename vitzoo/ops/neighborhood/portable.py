@@ -11,7 +11,6 @@ nothing larger than the map is kept.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitzoo.ops._half import widen_where_slow
+from vitzoo.ops._half import widen_where_slow, without_autocast
 from vitzoo.ops._onednn import needs_derivatives, records_gradient, why_not_apart
 from vitzoo.ops._sides import exporting
 from vitzoo.ops.neighborhood._tiles import Axis, Pair, axes, classes
@@ -305,13 +304,6 @@ def _backward_chunk(
             here.add_(there)
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    # Buffers of a given type must not meet operands of another. The meta device has no autocast.
-    if torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
-
-
 # One node in a compiled graph: its loops depend on the map's size, not on its contents.
 @torch.library.custom_op("vitzoo::neighborhood_tiles", mutates_args=())
 def _tiles(
@@ -323,7 +315,7 @@ def _tiles(
     dilation: Sequence[int],
     scale: float,
 ) -> Tensor:
-    with _without_autocast(q):
+    with without_autocast(q):
         return _forward(q, k, v, bias, kernel_size, dilation, scale)
 
 
@@ -345,7 +337,7 @@ def _tiles_backward(
     dilation: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with _without_autocast(q):
+    with without_autocast(q):
         return _backward(grad, q, k, v, bias, kernel_size, dilation, scale)
 
 
@@ -398,6 +390,6 @@ def neighborhood_attention_portable(
         return neighborhood_attention_flat(q, k, v, bias, kernel_size, dilation, scale)
     if not records_gradient(q, k, v, bias) and why_not_apart(q, k, v, bias) is None:
         # The way to an operator of our own takes torch as long as a small product.
-        with _without_autocast(q):
+        with without_autocast(q):
             return _forward(q, k, v, bias, kernel_size, dilation, scale)
     return _tiles(q, k, v, bias, kernel_size, dilation, scale)
