@@ -139,7 +139,10 @@ def test_other_data_is_another_run(
     moved = data.rename(tmp_path / "moved")
     capsys.readouterr()
     assert run(["train", *given, f"data.root={moved}"]) == 0
-    assert "nothing left to train" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing left to train" in said
+    weights = said.partition("model.checkpoint=")[2].split()[0]
+    assert Path(weights).is_file()
     noise = (moved / "train/class0/0.png").read_bytes()
     (moved / "train/class0/more.png").write_bytes(noise)
     said = refused(capsys, "train", *given, f"data.root={moved}")

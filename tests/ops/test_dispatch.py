@@ -113,6 +113,9 @@ def test_environment_turns_down_unknown_names(
     x = torch.zeros(1, 2, 1, 2)
     with pytest.raises(ValueError, match=message):
         OPERATORS["attention"].select(x, x, x)
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match=message):
+        torch.compile(attention, backend="eager")(x, x, x)
 
 
 def test_context_goes_ahead_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

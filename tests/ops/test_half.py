@@ -161,3 +161,13 @@ def test_the_windows_reference_under_autocast(dtype: torch.dtype) -> None:
         out = window_attention(q, k, v, window_size=4, backend="reference")
     expected = window_attention(q, k, v, window_size=4)
     torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_shapes_on_the_meta_device_which_has_no_autocast(dtype: torch.dtype) -> None:
+    x = torch.empty(1, 9, 9, 2, 8, dtype=dtype, device="meta")
+    tokens = x.flatten(1, 2)
+    assert channel_attention(tokens, tokens, tokens, axis_scale="tokens").shape == tokens.shape
+    assert neighborhood_attention(x, x, x, kernel_size=(3, 3)).shape == x.shape
+    found = halo_attention(x, x, x, block_size=4, halo_size=1, border="mask")
+    assert (found.shape, found.dtype, found.device.type) == (x.shape, dtype, "meta")

@@ -215,7 +215,7 @@ def trace(
 
 @contextmanager
 def _sizes_unknown(active: bool) -> Iterator[None]:
-    """Trace without taking a side of one for a case of its own."""
+    """Trace without taking a side of one for a case of its own, nor caching unknown shapes."""
     from torch._dynamo import config
     from torch.fx.experimental import _config
 
@@ -223,7 +223,8 @@ def _sizes_unknown(active: bool) -> Iterator[None]:
     _config.backed_size_oblivious = active or before
     try:
         # Under symbols the cache of shapes takes longer than working them out again.
-        with config.patch(fake_tensor_cache_enabled=False):
+        cached = config.fake_tensor_cache_enabled and not active
+        with config.patch(fake_tensor_cache_enabled=cached):
             yield
     finally:
         _config.backed_size_oblivious = before

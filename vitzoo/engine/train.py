@@ -202,8 +202,8 @@ class Trainer:
         )
         if self.progress.epoch >= self.epochs:
             report.line(
-                "this run is finished: there is nothing left to train; run.name=NAME "
-                f"model.checkpoint={self.folder.weights} trains on from its weights"
+                "this run is finished: there is nothing left to train. For a new run from its "
+                f"weights: run.name=NAME model.checkpoint={self.folder.weights}"
             )
         elif self.progress.update:
             report.line(f"going on after update {self.progress.update}")

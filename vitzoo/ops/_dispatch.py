@@ -26,8 +26,11 @@ OPERATORS: dict[str, Operator] = {}
 
 # Operator name ("*" for all) -> backend forced by `use_backend`, ahead of the environment.
 _forced: dict[str, str] = {}
-# Read once, at the first call: the variables are settings of a process.
+# Read once, at the first call: the variables are settings of a process. Compiled code keeps what it
+# was told, without a guard.
 _environment: dict[str, str] | None = None
+# Stands for a backend where the environment asks for what does not exist.
+_REFUSED = "refused"
 _reported: set[tuple[str, str]] = set()
 Listener = Callable[["Operator", tuple[Any, ...], dict[str, Any], Tensor], None]
 _listener: Listener | None = None
@@ -101,7 +104,8 @@ class Operator:
         return self.backends[backend].why_not(*args, **kwargs)
 
     def _report(self, backend: str, reason: str) -> None:
-        if (self.name, backend) in _reported or torch.compiler.is_compiling():
+        # Compilers first: they would guard what has been reported, and compile again after it.
+        if torch.compiler.is_compiling() or (self.name, backend) in _reported:
             return
         _reported.add((self.name, backend))
         logger.info("%s: %s is passed over: %s", self.name, backend, reason)
@@ -113,7 +117,10 @@ def forced_backend(operator: str) -> str:
     The environment is `VITZOO_BACKEND_<OPERATOR>`, then `VITZOO_BACKEND`, which only binds
     operators that have a backend of that name.
     """
-    return _asked(_forced, operator) or _asked_by_environment(operator) or "auto"
+    found = _asked(_forced, operator) or _asked_by_environment(operator) or "auto"
+    if found == _REFUSED:
+        _settings()
+    return found
 
 
 def _asked(settings: Mapping[str, str], operator: str) -> str | None:
@@ -124,11 +131,15 @@ def _asked(settings: Mapping[str, str], operator: str) -> str | None:
     return name if known else None
 
 
+# Traced, this would leave a guard on `_environment`, which the first call sets: every model would
+# be compiled again at its second call.
 @torch.compiler.assume_constant_result
 def _asked_by_environment(operator: str) -> str | None:
-    # A compiler asks and keeps the answer. It would guard what it followed, and compile every model
-    # again at its second call, because the first one reads the environment.
-    return _asked(_settings(), operator)
+    try:
+        return _asked(_settings(), operator)
+    except InputError:
+        # Raised by the caller: from here a compiler would make it an error of its own.
+        return _REFUSED
 
 
 def _settings() -> dict[str, str]:

@@ -32,7 +32,7 @@ def computed_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A block in which operands keep their dtypes, because buffers have theirs."""
+    """A block in which products keep their operands' dtypes, as buffers of a dtype need it."""
     # The meta device has no autocast. Not `is_autocast_available`: torch 2.11 cannot compile it.
     kind = x.device.type
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)

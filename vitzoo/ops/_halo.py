@@ -15,7 +15,7 @@ from torch import Tensor
 from vitzoo._processor import is_amd
 from vitzoo.ops._half import computed_dtype, widen_where_slow
 from vitzoo.ops._onednn import needs_derivatives, records_gradient
-from vitzoo.ops._sides import pieces
+from vitzoo.ops._sides import exporting, pieces
 
 Border = Literal["zero", "mask", "constant"]
 Pair = tuple[Tensor, Tensor]
@@ -327,9 +327,9 @@ def _in_chunks(
 
 
 @torch.compiler.assume_constant_result
-def _on_amd() -> bool:
-    """`is_amd` for code that may be traced: a compiler cannot follow how that is found out."""
-    return is_amd()
+def _mkl_on_amd() -> bool:
+    """Whether MKL runs on an AMD processor; a compiler cannot follow how that is found out."""
+    return is_amd() and torch.backends.mkl.is_available()
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, side: int, scratch: _Scratch) -> Tensor:
@@ -341,7 +341,9 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, side: int, scratch: _
     weights = scratch.softmax_of_product(queries, scratch.keys(keys))
     lead, d = values.shape[:4], values.shape[-1]
     flat = values.reshape(weights.shape[0], weights.shape[2], d)
-    if d <= _NARROW_ON_AMD and flat.device.type == "cpu" and _on_amd():
+    # An exported graph is for other processors, too.
+    narrow = d <= _NARROW_ON_AMD and flat.device.type == "cpu" and not exporting()
+    if narrow and _mkl_on_amd():
         attended = torch.bmm(flat.transpose(1, 2), weights.transpose(1, 2))
         return attended.view(*lead, d, side, side).permute(0, 1, 5, 3, 6, 2, 4)
     attended = torch.bmm(weights, flat).view(*lead, side, side, d)

@@ -77,13 +77,17 @@ def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 
 
 def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    # Compilers first: they would remember the questions for a map's size.
+    reason = why_not_onednn(x, weight, bias)
+    if reason is not None:
+        return reason
     if x.numel() == 0 or weight.numel() == 0:
         return "There is nothing to multiply."
     if weight.dim() != 2 or x.shape[-1] != weight.shape[-1]:
         return "The shapes do not fit, which torch says in plainer words."
     if bias is not None and bias.shape != weight.shape[:1]:
         return "A bias that is broadcast is torch's to add."
-    return why_not_onednn(x, weight, bias)
+    return None
 
 
 def _gelu_why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
