@@ -1,10 +1,12 @@
-"""What the operating system says of the processor."""
+"""What the operating system says of the processor, and what torch's BLAS makes of it."""
 
 from __future__ import annotations
 
 import platform
 from functools import lru_cache
 from pathlib import Path
+
+import torch
 
 
 @lru_cache(maxsize=1)
@@ -18,9 +20,10 @@ def processor_facts() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-@lru_cache(maxsize=1)
-def is_amd() -> bool:
-    """Whether AMD made the processor; MKL treats those differently."""
+# A compiler cannot follow how this is found out.
+@torch.compiler.assume_constant_result
+def mkl_on_amd() -> bool:
+    """Whether torch's BLAS is MKL on an AMD processor, which it treats differently."""
     # Windows names the vendor in the second place.
     vendor = processor_facts().get("vendor_id") or platform.processor()
-    return "AuthenticAMD" in vendor
+    return torch.backends.mkl.is_available() and "AuthenticAMD" in vendor

@@ -58,7 +58,7 @@ def test_portable_is_the_reference(
     border: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_halo, "_mkl_on_amd", lambda: on_amd)
+    monkeypatch.setattr(_halo, "mkl_on_amd", lambda: on_amd)
     given = inputs(H, W, stride=stride, window=block + 2 * halo_size)
     used = [name for name in given if border == "constant" or "fill" not in name]
     arguments = {"block_size": block, "halo_size": halo_size, "stride": stride, "border": border}
@@ -121,7 +121,7 @@ def test_chunks_do_not_change_the_result(
     given = inputs(13, 30, dims=(4, value_dim), window=8)
     arguments = {"block_size": 4, "halo_size": 2, "backend": "portable", "border": border}
     whole = call(given, **arguments | {"backend": "reference"})
-    monkeypatch.setattr(_halo, "_mkl_on_amd", lambda: on_amd)
+    monkeypatch.setattr(_halo, "mkl_on_amd", lambda: on_amd)
     monkeypatch.setattr(_halo, "_CPU_CHUNK_BYTES", scores)
     monkeypatch.setattr(_halo, "_CPU_QUERY_BYTES", queries)
     sizes = _halo.Geometry(B=2, H=13, W=30, heads=2, block=4, halo=2, stride=1)

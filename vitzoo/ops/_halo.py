@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitzoo._processor import is_amd
+from vitzoo._processor import mkl_on_amd
 from vitzoo.ops._half import computed_dtype, widen_where_slow
 from vitzoo.ops._onednn import needs_derivatives, records_gradient
 from vitzoo.ops._sides import exporting, pieces
@@ -326,12 +326,6 @@ def _in_chunks(
     return out
 
 
-@torch.compiler.assume_constant_result
-def _mkl_on_amd() -> bool:
-    """Whether MKL runs on an AMD processor; a compiler cannot follow how that is found out."""
-    return is_amd() and torch.backends.mkl.is_available()
-
-
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, side: int, scratch: _Scratch) -> Tensor:
     """One chunk of blocks of side x side queries.
 
@@ -343,7 +337,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, side: int, scratch: _
     flat = values.reshape(weights.shape[0], weights.shape[2], d)
     # An exported graph is for other processors, too.
     narrow = d <= _NARROW_ON_AMD and flat.device.type == "cpu" and not exporting()
-    if narrow and _mkl_on_amd():
+    if narrow and mkl_on_amd():
         attended = torch.bmm(flat.transpose(1, 2), weights.transpose(1, 2))
         return attended.view(*lead, d, side, side).permute(0, 1, 5, 3, 6, 2, 4)
     attended = torch.bmm(weights, flat).view(*lead, side, side, d)

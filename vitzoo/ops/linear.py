@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitzoo._processor import is_amd
+from vitzoo._processor import mkl_on_amd
 from vitzoo.ops._derived import Derived
 from vitzoo.ops._dispatch import Backend, Operator, forced_backend
 from vitzoo.ops._onednn import contiguous_bias, records_gradient, why_not_onednn
@@ -149,8 +149,7 @@ def set_linear_choices(choices: Mapping[str, str] | None) -> None:
 @lru_cache(maxsize=1)
 def _blas_is_narrow() -> bool:
     """Whether torch's BLAS is MKL on an AMD processor with AVX-512: it uses half of that width."""
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and torch.backends.mkl.is_available() and is_amd()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and mkl_on_amd()
 
 
 @torch.no_grad()
