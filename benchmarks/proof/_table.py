@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from vitzoo._skeleton import without_memory
 from vitzoo.engine.recipe import load_recipe
 from vitzoo.tasks._models import create_model
 
@@ -53,7 +52,7 @@ def render(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _parameters(recipe: str) -> int:
-    with torch.device("meta"):
+    with without_memory():
         model = create_model(load_recipe(recipe).options.model, "0123456789", pretrained=False)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitzoo  # noqa: F401
+from vitzoo._skeleton import without_memory
 from vitzoo.attention import lookup as lookup_layers
 from vitzoo.attention.lookup import Gather, Infuse, LookupBlock
 from vitzoo.backbones.lookupvit import checkpoint_filter_fn, resize_map
@@ -105,13 +106,13 @@ def test_similarity_is_computed_once_per_block() -> None:
     ],
 )
 def test_cost_is_the_formulas(name: str, side: int, expected: float) -> None:
-    with torch.device("meta"):
+    with without_memory():
         model = timm.create_model(name, compressed_size=side).eval()
     assert gmacs(model) == pytest.approx(expected, rel=0.02)
 
 
 def test_base_costs_less_than_half_of_vit_base() -> None:
-    with torch.device("meta"):
+    with without_memory():
         ours = timm.create_model("vz_lookupvit_base").eval()
         theirs = timm.create_model("vit_base_patch16_224").eval()
     assert gmacs(theirs) / gmacs(ours) >= 2.0
@@ -282,7 +283,7 @@ def test_deits_file_is_a_start(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_base_patch16_384"])
 def test_timms_vit_base_fits(name: str) -> None:
-    with torch.device("meta"):
+    with without_memory():
         source = timm.create_model(name).state_dict()
         model = timm.create_model("vz_lookupvit_base")
         weights = checkpoint_filter_fn(source, model)

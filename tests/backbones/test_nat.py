@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+from vitzoo._skeleton import without_memory
 from vitzoo.attention.neighborhood import NeighborhoodAttention
 from vitzoo.backbones.nat import checkpoint_filter_fn
 
@@ -21,7 +22,7 @@ def dilations(model: nn.Module) -> list[list[int]]:
 
 
 def test_published_dilations() -> None:
-    with torch.device("meta"):
+    with without_memory():
         mini, large = timm.create_model("vz_dinat_mini"), timm.create_model("vz_dinat_large")
         swin = timm.create_model("vz_dinat_s_tiny", dilations="ade20k")
         wide = timm.create_model("vz_dinat_large_384")
@@ -46,7 +47,7 @@ def test_published_dilations() -> None:
 
 @pytest.mark.parametrize("table", ["ade20k", [[1, 2], [2], [1], [1]]])
 def test_dilations_go_back_to_the_constructors(table: object) -> None:
-    with torch.device("meta"):
+    with without_memory():
         model = timm.create_model("vz_dinat_mini", depths=(2, 2, 2, 1), dilations=table)
     before = dilations(model)
     model.set_dilations("coco")
@@ -83,7 +84,7 @@ def test_dilations_change_the_maps_not_the_weights() -> None:
     ],
 )
 def test_dilations_that_do_not_fit_are_refused(wanted: object, message: str) -> None:
-    with torch.device("meta"):
+    with without_memory():
         model = timm.create_model("vz_dinat_s_tiny", depths=(2, 2, 2, 2))
     before = dilations(model)
     with pytest.raises(ValueError, match=message):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import vitzoo
 from tests.registry_names import TIER_0, TIER_1, TIER_2, TIER_3, UNDER_100_M, by_name
+from vitzoo._skeleton import without_memory
 from vitzoo.attention.choices import record_choices, replay_choices
 from vitzoo.ops import _dispatch
 
@@ -43,11 +44,17 @@ def build(name: str, *, shallow: bool = False) -> nn.Module:
     return copy.deepcopy(_pristine(name, shallow))
 
 
+@functools.lru_cache(maxsize=1)
+def skeleton(name: str) -> nn.Module:
+    """The whole model on the meta device, in eval mode; tests only read it."""
+    with without_memory():
+        return timm.create_model(name).eval()
+
+
 @functools.cache
 def few_blocks(name: str) -> dict[str, Any]:
     """Arguments that leave few blocks, where depth can be given: most checks cost by the block."""
-    with torch.device("meta"):
-        arguments = inspect.signature(type(timm.create_model(name)).__init__).parameters
+    arguments = inspect.signature(type(skeleton(name)).__init__).parameters
     if "depths" in arguments:
         return {"depths": (1, 1, 2, 1)}
     return {"depth": 2} if "depth" in arguments else {}
@@ -71,7 +78,7 @@ def needs(name: str, check: str) -> None:
 @functools.cache
 def default_levels(name: str, **arguments: Any) -> tuple[int, ...]:
     """The stages (blocks of a net of one scale) that `features_only` returns unless told."""
-    with torch.device("meta"):
+    with without_memory():
         model = timm.create_model(name, features_only=True, **arguments)
     return tuple(model.feature_info.out_indices)
 
@@ -104,9 +111,7 @@ def test_parameter_count_is_the_references(name: str) -> None:
     record = vitzoo.info(name)
     if record.params is None:
         needs(name, "parameter_count")
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    assert sum(p.numel() for p in model.parameters()) == record.params
+    assert sum(p.numel() for p in skeleton(name).parameters()) == record.params
 
 
 @by_name(TIER_0)
@@ -115,16 +120,14 @@ def test_default_configuration_is_true(name: str) -> None:
     assert cfg is not None
     assert tuple(cfg.input_size) == record.input_size
     assert cfg.fixed_input_size == record.fixed_input_size
-    with torch.device("meta"):
-        model = timm.create_model(name)
-        x = torch.randn(1, *cfg.input_size)
+    model, x = skeleton(name), torch.empty(1, *cfg.input_size, device="meta")
     weights = {key for key, _ in model.named_parameters()}
     classifiers = [cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier
     if cfg.num_classes:
         assert {f"{c}.weight" for c in classifiers} <= weights
     assert f"{cfg.first_conv}.weight" in weights
     assert model.num_classes == cfg.num_classes
-    features = model.eval().forward_features(x)
+    features = model.forward_features(x)
     if features.dim() == 4:
         assert tuple(features.shape[-2:]) == tuple(cfg.pool_size)
         assert features.shape[1] == model.num_features
@@ -134,10 +137,10 @@ def test_default_configuration_is_true(name: str) -> None:
 @by_name(TIER_0)
 def test_feature_info_matches_the_record(name: str) -> None:
     record = vitzoo.info(name)
-    with torch.device("meta"):
+    with without_memory():
         model = timm.create_model(name, features_only=True)
-        size = record.input_size[1:] if record.fixed_input_size else (96, 160)
-        maps = model(torch.randn(2, 3, *size))
+    size = record.input_size[1:] if record.fixed_input_size else (96, 160)
+    maps = model(torch.empty(2, 3, *size, device="meta"))
     assert tuple(model.feature_info.channels()) == record.channels
     assert tuple(model.feature_info.reduction()) == record.strides
     for x, channels, stride in zip(maps, record.channels, record.strides, strict=True):
@@ -146,30 +149,29 @@ def test_feature_info_matches_the_record(name: str) -> None:
 
 @by_name(TIER_0)
 def test_head_can_be_replaced_and_removed(name: str) -> None:
-    with torch.device("meta"):
-        few = few_blocks(name)
+    few = few_blocks(name)
+    x = images(name, SMALL).to("meta")
+    with without_memory():
         model = timm.create_model(name, **few).eval()
-        x = images(name, SMALL).to("meta")
-        model.reset_classifier(7)
-        assert model(x).shape == (2, 7)
-        model.reset_classifier(0)
-        assert model(x).shape == (2, model.num_features)
-        model.reset_classifier(0, "")
-        assert model(x).shape == model.forward_features(x).shape
         bare = timm.create_model(name, num_classes=0, global_pool="", **few).eval()
-        assert bare(x).shape == bare.forward_features(x).shape
+        features = model.forward_features(x)
+        model.reset_classifier(7)
+        assert model.forward_head(features).shape == (2, 7)
+        model.reset_classifier(0)
+        assert model.forward_head(features).shape == (2, model.num_features)
+        model.reset_classifier(0, "")
+    assert model(x).shape == bare(x).shape == features.shape
 
 
 @by_name(TIER_0)
 def test_unknown_arguments_raise(name: str) -> None:
-    with torch.device("meta"), pytest.raises(TypeError):
+    with without_memory(), pytest.raises(TypeError):
         timm.create_model(name, window_siez=3)
 
 
 @by_name(TIER_0)
 def test_parameter_groups_cover_the_model(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = skeleton(name)
     groups = timm.models.group_parameters(model, model.group_matcher(coarse=False))
     names = {key for key, p in model.named_parameters() if p.requires_grad}
     grouped = {key for members in groups.values() for key in members}

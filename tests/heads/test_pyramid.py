@@ -8,6 +8,7 @@ import torch
 from timm.models import group_parameters
 
 from tests.registry_names import TIER_0
+from vitzoo._skeleton import without_memory
 from vitzoo.heads.detection import build_detector
 from vitzoo.heads.pyramid import Maps, groups_under
 from vitzoo.heads.segmentation import build_segmenter
@@ -18,7 +19,7 @@ TIMMS = ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"
 
 @pytest.mark.parametrize("name", [*TIER_0, *TIMMS])
 def test_layer_groups_are_the_same_within_another_model(name: str) -> None:
-    with torch.device("meta"):
+    with without_memory():
         model = timm.create_model(name)
     outer = torch.nn.Module()
     outer.part = model
@@ -30,7 +31,7 @@ def test_layer_groups_are_the_same_within_another_model(name: str) -> None:
 
 
 def test_what_alternatives_name_stays_in_the_first_group_of_a_head() -> None:
-    with torch.device("meta"):
+    with without_memory():
         for name in ("vz_lookupvit_small", "vz_sparsifiner_deit_tiny"):
             for model in (
                 build_segmenter(name, head="fpn", num_classes=2),
@@ -43,7 +44,7 @@ def test_what_alternatives_name_stays_in_the_first_group_of_a_head() -> None:
 
 def test_segmenters_norm_every_map_where_the_authors_do() -> None:
     def normed(name: str, **kwargs: object) -> tuple[int, ...] | None:
-        with torch.device("meta"):
+        with without_memory():
             maps = Maps(name, strides=(4, 8, 16, 32), **kwargs)
         return getattr(maps.model, "norm_indices", None)
 

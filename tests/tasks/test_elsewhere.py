@@ -10,6 +10,7 @@ import timm
 import torch
 
 from tests.engine.narrow import NARROW
+from vitzoo._skeleton import without_memory
 from vitzoo.engine.optim import build_optimizer
 from vitzoo.engine.recipe import OptimOptions, merge
 from vitzoo.errors import InputError
@@ -89,12 +90,12 @@ def test_what_a_model_of_timms_lacks_is_said(
     recipe = {"task": name, "model": {"name": model, "head": TASKS[name]}}
     task = task_class(name)(merge(recipe, [value]).options)
     task.labels = ("a", "b")
-    with torch.device("meta"), pytest.raises(InputError, match=message):
+    with without_memory(), pytest.raises(InputError, match=message):
         task.build_model()
 
 
 def test_layer_decay_without_layer_groups_is_refused() -> None:
-    with torch.device("meta"):
+    with without_memory():
         model = build_segmenter("caformer_s18", head="fpn", num_classes=2)
     with pytest.raises(InputError, match="MetaFormer has no groups of layers"):
         build_optimizer(model, OptimOptions(layer_decay=0.9), images=1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from vitzoo._skeleton import without_memory
 from vitzoo.errors import InputError
 from vitzoo.tasks import Task
 from vitzoo.zoo.files import plain_arguments
@@ -128,7 +129,7 @@ def _of_features(task: Any, shape: tuple[int, int, int], config: dict[str, Any])
     options = task.options.model
     try:
         # Nothing but timm's own wrapper knows which maps those are; this one has no weights.
-        with torch.device("meta"), plain_arguments():
+        with without_memory(), plain_arguments():
             wrapper: Any = timm.create_model(
                 options.name, features_only=True, in_chans=options.in_chans, **options.args
             )

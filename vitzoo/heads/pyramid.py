@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
-import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from vitzoo._skeleton import without_memory
 from vitzoo.errors import InputError
 
 
@@ -155,7 +155,7 @@ def _plan(
     indices = tuple(found.index(stride) for stride in strides)
     if not name.startswith("vz_"):
         return indices, {}
-    with torch.device("meta"):
+    with without_memory():
         dense = timm.create_model(name, **common, dense=True, out_indices=indices)
     normed = getattr(dense.model, "norm_indices", None)
     if normed is None:
@@ -170,6 +170,6 @@ def _plan(
 def _reductions(name: str, common: dict[str, Any]) -> list[int]:
     """Strides of all feature maps of a model, from a build on the meta device."""
     without = {key: value for key, value in common.items() if key != "norm_indices"}
-    with torch.device("meta"):
+    with without_memory():
         model = timm.create_model(name, **without)
     return [level["reduction"] for level in model.feature_info.info]

@@ -13,6 +13,7 @@ import torch
 from timm.models import PretrainedCfg
 from torch import nn
 
+from vitzoo._skeleton import without_memory
 from vitzoo.errors import InputError
 from vitzoo.zoo.entries import WeightEntry
 from vitzoo.zoo.errors import WeightsError
@@ -161,7 +162,7 @@ def _stem_channels(
     if config.first_conv is None:
         return None
     family = sys.modules[timm.model_entrypoint(name).__module__]
-    with torch.device("meta"):
+    with without_memory():
         skeleton = timm.create_model(name, **arguments)
     weights = family.checkpoint_filter_fn(dict(content), skeleton)
     stem = weights.get(f"{config.first_conv}.weight")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import vitzoo
 from tests.registry_names import TIER_0, TIER_1, parameters
+from vitzoo._skeleton import without_memory
 from vitzoo.heads.detection import HEADS, build_detector
 from vitzoo.heads.pyramid import Maps, SimplePyramid
 
@@ -117,7 +118,7 @@ def test_one_stage_labels_come_back_from_one(head: str) -> None:
 def test_at_full_width_the_heads_are_torchvisions() -> None:
     from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-    with torch.device("meta"):
+    with without_memory():
         ours = build_detector("resnet50", head="mask_rcnn", num_classes=90)
         theirs = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
     for part in ("rpn", "roi_heads", "backbone.fpn"):
@@ -135,7 +136,7 @@ def test_dense_versions_hold_the_norms_they_use() -> None:
         ("vz_davit_tiny", "mask_rcnn", (0, 1, 2, 3)),
         ("vz_litv2_small", "mask_rcnn", (1, 2, 3)),
     ):
-        with torch.device("meta"):
+        with without_memory():
             maps = build_detector(name, head=head, **SMALL).backbone.maps
         assert maps.model.dense
         assert maps.model.norm_indices == norms
