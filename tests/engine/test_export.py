@@ -31,6 +31,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 RunOf = Callable[[str], Path]
 FOUR = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4)}
+# Two stages show what sizes do to a graph; every further one is seconds of tracing and writing.
+TWO = {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (1, 2)}
 # Symbolic regions take half a minute of tracing: slow tests.
 ANY_SIZE: list[tuple[str, dict[str, Any]]] = [
     ("vz_dinat_mini", {**FOUR, "dilations": ((8,), (1,), (2,), (1,))}),
@@ -65,10 +67,11 @@ def assert_agrees(
 
 
 @pytest.mark.parametrize(
-    "to", [pytest.param(to, marks=() if to == "onnx" else pytest.mark.slow) for to in SUFFIXES]
+    ("stages", "to"),
+    [(TWO, "onnx"), *(pytest.param(FOUR, to, marks=pytest.mark.slow) for to in SUFFIXES)],
 )
-def test_any_batch_and_size_in_one_graph(to: str, tmp_path: Path) -> None:
-    network = _network("vz_davit_tiny", (3, 64, 64), num_classes=5, **FOUR)
+def test_any_batch_and_size_in_one_graph(stages: dict[str, Any], to: str, tmp_path: Path) -> None:
+    network = _network("vz_davit_tiny", (3, 64, 64), num_classes=5, **stages)
     assert_agrees(network, tmp_path, size=True, formats=(to,))
 
 
@@ -181,7 +184,7 @@ def wide_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.engine.tiny_runs import tiny_run
 
     folder = tmp_path_factory.mktemp("wide")
-    widths = "{depths: [1, 1, 1, 1], embed_dims: [64, 96, 128, 256], num_heads: [2, 3, 4, 8]}"
+    widths = "{depths: [1, 1], embed_dims: [128, 256], num_heads: [4, 8]}"
     return tiny_run("classification", folder, folder, f"model.args={widths}")
 
 
@@ -239,7 +242,7 @@ def test_a_named_model_is_evaluated_on_given_data(run_of: RunOf, tmp_path: Path)
 
 def test_graphs_of_one_name_lie_side_by_side(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    values = ["model.pretrained=false", "data.size=64", f"model.args={json.dumps(FOUR)}"]
+    values = ["model.pretrained=false", "data.size=64", f"model.args={json.dumps(TWO)}"]
     first = export("vz_davit_tiny", "openvino", values)
     second = export("vz_davit_tiny", "onnx", values, int8=True)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -324,7 +327,7 @@ def _made_of(found: Parity, precision: str = "float32") -> Export:
     ids=["twice", "nan", "infinite", "cut"],
 )
 def test_a_graph_that_is_off_is_called_off(precision: str, change: Any) -> None:
-    network = _network("vz_davit_tiny", (3, 64, 64), num_classes=5, **FOUR)
+    network = _network("vz_davit_tiny", (3, 64, 64), num_classes=5, **TWO)
     right = compare(network, lambda x: [network.model(x.float())], precision=precision)
     assert _made_of(right, precision).agrees
     found = compare(network, lambda x: [change(network.model(x.float()))], precision=precision)
@@ -334,7 +337,7 @@ def test_a_graph_that_is_off_is_called_off(precision: str, change: Any) -> None:
 
 
 def test_logits_are_compared_as_they_are() -> None:
-    network = _network("vz_davit_tiny", (3, 64, 64), num_classes=5, **FOUR)
+    network = _network("vz_davit_tiny", (3, 64, 64), num_classes=5, **TWO)
     with torch.no_grad():
         network.model.head.fc.bias.fill_(1000.0)  # type: ignore[union-attr, operator]
     made = _made_of(compare(network, lambda x: [network.model(x) + 1e-2]))

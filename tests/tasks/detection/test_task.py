@@ -159,8 +159,11 @@ def test_a_window_keeps_what_it_shows(root: Path) -> None:
             assert 0 <= x0 < x1 <= width
             assert 0 <= y0 < y1 <= height
             assert mask.sum() == mask[y0:y1, x0:x1].sum()
+        # Where a few of its pixels are found, all of them are.
         windows = whole["image"].unfold(1, height, 1).unfold(2, width, 1)
-        assert (windows == sample["image"][:, None, None]).flatten(3).all(3).all(0).any()
+        few = windows[..., ::16, ::16] == sample["image"][:, None, None, ::16, ::16]
+        places = few.flatten(3).all(3).all(0).nonzero()
+        assert any(torch.equal(windows[:, y, x], sample["image"]) for y, x in places)
     assert len(seen) > 4
 
 
