@@ -18,11 +18,9 @@ import torch
 
 from tests.engine.narrow import narrow
 from vitzoo.engine import checkpoint
-from vitzoo.engine.loaders import Batches
 from vitzoo.engine.runfolder import RunFolder
 from vitzoo.engine.train import train
 from vitzoo.errors import InputError
-from vitzoo.tasks import task_class
 
 ROOT = Path(__file__).parents[2]
 
@@ -167,30 +165,6 @@ def test_another_recipe_does_not_go_on(tmp_path: Path) -> None:
     summary = train(narrow(tmp_path, *values, "data.workers=1"))
     assert summary.metrics == lines[-1]["metrics"]
     assert RunFolder(tmp_path / "run").read_metrics() == lines
-
-
-@pytest.mark.parametrize("skip", [0, 3])
-def test_batches_do_not_depend_on_workers_or_on_where_one_starts(tmp_path: Path, skip: int) -> None:
-    recipe = narrow(tmp_path)
-    data = task_class(recipe.task)(recipe.options).build_data()
-
-    def batches(workers: int, skip: int) -> list[list[torch.Tensor]]:
-        made = Batches(
-            data.train,
-            data.collate,
-            batch_size=16,
-            workers=workers,
-            train=True,
-            on_error="stop",
-            seed=3,
-        )
-        return list(made.epoch(1, skip=skip))
-
-    whole = batches(0, 0)
-    assert len(whole) == 4
-    for mine, other in zip(batches(2, skip), whole[skip:], strict=True):
-        assert torch.equal(mine[0], other[0])
-        assert torch.equal(mine[1], other[1])
 
 
 def test_nothing_of_a_checkpoint_is_pickled(tmp_path: Path) -> None:

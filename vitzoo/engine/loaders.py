@@ -8,6 +8,7 @@ the order of that epoch at its position.
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -155,6 +156,13 @@ class _SeededStream(IterableDataset[Any]):
             yield sample
 
 
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Batches:
     """The batches of one split for one process.
 
@@ -162,7 +170,7 @@ class Batches:
         dataset: map-style, or a stream with `set_epoch` and `set_workers`.
         collate: list of samples -> batch.
         batch_size: samples a batch and process.
-        workers: loader processes.
+        workers: loader processes; of a map-style data set at most as many as there are cores.
         train: shuffled, whole batches only; else every sample once, in order.
         on_error: `stop` or `skip`.
         seed: of order and augmentation.
@@ -188,6 +196,9 @@ class Batches:
         self.train, self.on_error = train, on_error
         self.bad: list[Bad] = []
         self.stream = dataset if isinstance(dataset, IterableDataset) else None
+        if self.stream is None:
+            # More get in each other's way, and torch warns. The order of a stream may hang on them.
+            workers = min(workers, _cores())
         shared: dict[str, Any] = {
             "num_workers": workers,
             "collate_fn": _Collate(collate),

@@ -179,7 +179,8 @@ def predict_files(
     write_atomically(target, f"{text}\n".encode())
     _print(shown, len(facts), top)
     out = console()
-    out.print(f"{len(facts)} images -> {target}", markup=False)
+    images = "1 image" if len(facts) == 1 else f"{len(facts)} images"
+    out.print(f"{images} -> {target}", markup=False)
     if draw is not None:
         draw.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(pictures).save(draw)

@@ -79,7 +79,7 @@ class DataOptions:
         root: folder of the data set.
         batch_size: training samples per process and step, before accumulation.
         eval_batch_size: the same for evaluation; `batch_size` if None.
-        workers: loader processes; 0 loads in the training process.
+        workers: loader processes, at most one a core; 0 loads in the training process.
         on_error: at an unreadable sample, `stop` with its name, or `skip` it with a log line
             (training takes the next one instead; evaluation leaves it out and counts it).
     """
