@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitzoo.ops import linear, linear_gelu
 from vitzoo.ops._dispatch import forced_backend
 from vitzoo.ops._onednn import records_gradient, why_not_apart
-from vitzoo.ops._sides import overhang, symbolic
+from vitzoo.ops._sides import overhang, symbolic, unknown
 from vitzoo.ops.convolution import (
     add_and_activate,
     convolution_onednn,
@@ -222,7 +222,7 @@ def convolution_settings(conv: nn.Conv2d) -> dict[str, Any]:
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zeros on the right and bottom of x (B, H, W, C) up to multiples of `multiple`."""
     bottom, right = overhang(x.shape[1], multiple), overhang(x.shape[2], multiple)
-    if symbolic(bottom, right) or bottom or right:
+    if unknown(bottom, right) or bottom or right:
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
     return x
 
@@ -231,6 +231,6 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 def pad_image_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zeros on the right and bottom of x (B, C, H, W) up to multiples of `multiple`."""
     bottom, right = overhang(x.shape[2], multiple), overhang(x.shape[3], multiple)
-    if symbolic(bottom, right) or bottom or right:
+    if unknown(bottom, right) or bottom or right:
         x = F.pad(x, (0, right, 0, bottom))
     return x

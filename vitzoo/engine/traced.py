@@ -220,12 +220,11 @@ def _sizes_unknown(active: bool) -> Iterator[None]:
     from torch._dynamo import config
     from torch.fx.experimental import _config
 
-    before = _config.backed_size_oblivious
-    _config.backed_size_oblivious = active or before
-    try:
-        # Under symbols the cache of shapes takes longer than working them out again.
-        cached = config.fake_tensor_cache_enabled and not active
-        with config.patch(fake_tensor_cache_enabled=cached):
-            yield
-    finally:
-        _config.backed_size_oblivious = before
+    # Under symbols the cache of shapes takes longer than working them out again.
+    cached = config.fake_tensor_cache_enabled and not active
+    oblivious = _config.backed_size_oblivious or active
+    with (
+        config.patch(fake_tensor_cache_enabled=cached),
+        _config.patch(backed_size_oblivious=oblivious),  # type: ignore[attr-defined]
+    ):
+        yield

@@ -15,7 +15,7 @@ from torch import Tensor
 from vitzoo._processor import mkl_on_amd
 from vitzoo.ops._half import computed_dtype, widen_where_slow
 from vitzoo.ops._onednn import needs_derivatives, records_gradient
-from vitzoo.ops._sides import exporting, pieces
+from vitzoo.ops._sides import exporting, pieces, unknown
 
 Border = Literal["zero", "mask", "constant"]
 Pair = tuple[Tensor, Tensor]
@@ -170,7 +170,7 @@ def _blocks(q: Tensor, g: Geometry) -> Tensor:
     """(B, H / stride, W / stride, heads, d) -> (B, rows, heads, columns, side, side, d)."""
     s = g.queries
     bottom, right = g.rows * s - q.shape[1], g.columns * s - q.shape[2]
-    if bottom or right:
+    if unknown(bottom, right) or bottom or right:
         q = F.pad(q, (0, 0, 0, 0, 0, right, 0, bottom))
     return q.unflatten(2, (g.columns, s)).unflatten(1, (g.rows, s)).permute(0, 1, 5, 3, 2, 4, 6)
 
@@ -205,7 +205,7 @@ def _axial_terms(q: Tensor, read: Tensor, window: int) -> Pair:
 def _missing(side: int, blocks: int, g: Geometry, border: Border, like: Tensor) -> Tensor | None:
     """Logit terms (blocks, window) that remove the positions that do not exist; None if all do."""
     reach = 0 if border == "mask" else g.halo
-    if (reach == g.halo) and blocks * g.block == side:
+    if reach == g.halo and not unknown(side) and blocks * g.block == side:
         return None
     start = torch.arange(blocks, device=like.device)[:, None] * g.block - g.halo
     position = start + torch.arange(g.window, device=like.device)

@@ -6,11 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 
 def symbolic(*sides: int) -> bool:
-    """Whether a side is unknown: an exported graph must then not branch on it."""
+    """Whether a side is unknown under export: the graph must then not branch on it."""
     return any(isinstance(side, torch.SymInt) for side in sides)
+
+
+def unknown(*sides: int) -> bool:
+    """Whether a side is unknown under export or torch.compile.
+
+    A compiled graph may branch on it, but is then made anew for sizes that take the other branch.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        # Which shows symbols as integers.
+        return not all(has_static_value(side) for side in sides)
+    return symbolic(*sides)
 
 
 def traced_by_export() -> bool:
@@ -48,10 +60,11 @@ def overhang(side: int, size: int) -> int:
     return pieces(side, size) * size - side
 
 
-def crop(x: Tensor, top: int, H: int, left: int, W: int) -> Tensor:
-    """Rows top to top + H and columns left to left + W of x (B, H', W', ...).
+def settled(x: Tensor) -> Tensor:
+    """x, or of unknown sides a copy: whether it is contiguous would decide which graph is made."""
+    return x.clone(memory_format=torch.contiguous_format) if unknown(*x.shape) else x
 
-    Of unknown sides a copy: whether a view is contiguous would decide which graph is exported.
-    """
-    x = x[:, top : top + H, left : left + W]
-    return x.clone(memory_format=torch.contiguous_format) if symbolic(H, W) else x
+
+def crop(x: Tensor, top: int, H: int, left: int, W: int) -> Tensor:
+    """Rows top to top + H and columns left to left + W of x (B, H', W', ...)."""
+    return settled(x[:, top : top + H, left : left + W])

@@ -13,7 +13,7 @@ from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._kernels import triton_backend
 from vitzoo.ops._optional import xformers_backend
 from vitzoo.ops._products import attend_cells, products_lose, why_not_products
-from vitzoo.ops._sides import crop, overhang, pieces, symbolic
+from vitzoo.ops._sides import crop, overhang, pieces, settled, unknown
 from vitzoo.ops.attention import attention_portable, attention_reference
 
 Fill = tuple[Tensor, Tensor]
@@ -51,14 +51,14 @@ def split_windows(x: Tensor, window_size: int) -> Tensor:
     B, H, W, heads, d = x.shape
     s = window_size
     x = x.reshape(B, H // s, s, W // s, s, heads, d).transpose(2, 3)
-    return x.reshape(-1, s * s, heads, d)
+    return settled(x).reshape(-1, s * s, heads, d)
 
 
 def join_windows(x: Tensor, window_size: int, H: int, W: int) -> Tensor:
     """The inverse of `split_windows`."""
     s = window_size
     x = x.reshape(-1, H // s, W // s, s, s, *x.shape[-2:]).transpose(2, 3)
-    return x.reshape(-1, H, W, *x.shape[-2:])
+    return settled(x).reshape(-1, H, W, *x.shape[-2:])
 
 
 def window_attention_reference(
@@ -136,7 +136,7 @@ def _cover(
     top, bottom = _margins(H, window_size, shift)
     left, right = _margins(W, window_size, shift)
     pads = ((top, left), (bottom, right))
-    if not (symbolic(H, W) or any(pads[0]) or any(pads[1])):
+    if not (unknown(H, W) or any(pads[0]) or any(pads[1])):
         return None, (q, k, v), None
     inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=q.device), (left, right, top, bottom))
     q = _pad_map(q, *pads)
