@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# What initialisers are made of. Of a tensor without memory none changes anything.
+# What initialisers are made of, timm's truncated normal too.
 _FILLS = frozenset(
     getattr(Tensor, name)
     for name in ("add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_")
@@ -39,8 +39,8 @@ class _NothingDrawn(TorchFunctionMode):
 def without_memory() -> Iterator[None]:
     """Build modules on the meta device, past the code that initialises their weights.
 
-    That code takes most of such a build: HaloNet H4 takes 0.09 s instead of 0.57, NAT base 0.06
-    instead of 0.37.
+    For building only: of tensors without memory, steps in place are left out, and with them their
+    checks of shapes.
     """
     with torch.device("meta"), _NothingDrawn():
         yield

@@ -46,7 +46,7 @@ def build(name: str, *, shallow: bool = False) -> nn.Module:
 
 @functools.lru_cache(maxsize=1)
 def skeleton(name: str) -> nn.Module:
-    """The whole model on the meta device, in eval mode; tests only read it."""
+    """The whole model on the meta device, in eval mode; tests of a name share it."""
     with without_memory():
         return timm.create_model(name).eval()
 
@@ -154,12 +154,13 @@ def test_head_can_be_replaced_and_removed(name: str) -> None:
     with without_memory():
         model = timm.create_model(name, **few).eval()
         bare = timm.create_model(name, num_classes=0, global_pool="", **few).eval()
-        features = model.forward_features(x)
+    features = model.forward_features(x)
+    with torch.device("meta"):
         model.reset_classifier(7)
-        assert model.forward_head(features).shape == (2, 7)
-        model.reset_classifier(0)
-        assert model.forward_head(features).shape == (2, model.num_features)
-        model.reset_classifier(0, "")
+    assert model(x).shape == (2, 7)
+    model.reset_classifier(0)
+    assert model.forward_head(features).shape == (2, model.num_features)
+    model.reset_classifier(0, "")
     assert model(x).shape == bare(x).shape == features.shape
 
 
@@ -302,7 +303,7 @@ def test_gradient_checkpointing(name: str, shallow: bool) -> None:
         assert_close(a, b, 1e-5)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def expected_maps(name: str, shallow: bool) -> list[Tensor]:
     """The maps of two images from the model itself."""
     levels = default_levels(name, **(few_blocks(name) if shallow else {}))

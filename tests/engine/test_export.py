@@ -68,7 +68,10 @@ def assert_agrees(
 
 @pytest.mark.parametrize(
     ("stages", "to"),
-    [(TWO, "onnx"), *(pytest.param(FOUR, to, marks=pytest.mark.slow) for to in SUFFIXES)],
+    [
+        pytest.param(TWO, "onnx", id="two-onnx"),
+        *(pytest.param(FOUR, to, marks=pytest.mark.slow, id=f"four-{to}") for to in SUFFIXES),
+    ],
 )
 def test_any_batch_and_size_in_one_graph(stages: dict[str, Any], to: str, tmp_path: Path) -> None:
     network = _network("vz_davit_tiny", (3, 64, 64), num_classes=5, **stages)

@@ -170,7 +170,7 @@ class Batches:
         dataset: map-style, or a stream with `set_epoch` and `set_workers`.
         collate: list of samples -> batch.
         batch_size: samples a batch and process.
-        workers: loader processes; of a map-style data set at most as many as there are cores.
+        workers: loader processes; of a map-style data set at most one a core.
         train: shuffled, whole batches only; else every sample once, in order.
         on_error: `stop` or `skip`.
         seed: of order and augmentation.
@@ -196,9 +196,11 @@ class Batches:
         self.train, self.on_error = train, on_error
         self.bad: list[Bad] = []
         self.stream = dataset if isinstance(dataset, IterableDataset) else None
-        if self.stream is None:
-            # More get in each other's way, and torch warns. The order of a stream may hang on them.
-            workers = min(workers, _cores())
+        # More get in each other's way, and torch warns. The order of a stream depends on how many
+        # share it.
+        if self.stream is None and workers > (cores := _cores()):
+            logger.info("%d loader processes for %d cores instead of %d", cores, cores, workers)
+            workers = cores
         shared: dict[str, Any] = {
             "num_workers": workers,
             "collate_fn": _Collate(collate),

@@ -115,7 +115,15 @@ def natten_backend() -> Backend:
     return Backend("natten", _natten, _why_not_natten, _not_by_itself)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **_: None) -> Tensor:
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: None = None,
+    mask: None = None,
+    scale: float | None = None,
+) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention(q, k, v, scale=scale)

@@ -1,4 +1,4 @@
-"""Sides of maps that are numbers in eager mode and symbols under export."""
+"""Sides of maps: numbers in eager mode, symbols under export and, varied, torch.compile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 
 def symbolic(*sides: int) -> bool:
-    """Whether a side is unknown under export: the graph must then not branch on it."""
+    """Whether a side is unknown under export: the graph must then not branch on it.
+
+    False under torch.compile, which may branch on its symbols: see `unknown`.
+    """
     return any(isinstance(side, torch.SymInt) for side in sides)
 
 
@@ -20,7 +23,7 @@ def unknown(*sides: int) -> bool:
     A compiled graph may branch on it, but is then made anew for sizes that take the other branch.
     """
     if torch.compiler.is_dynamo_compiling():
-        # Which shows symbols as integers.
+        # To isinstance dynamo shows its symbols as integers.
         return not all(has_static_value(side) for side in sides)
     return symbolic(*sides)
 
@@ -60,11 +63,14 @@ def overhang(side: int, size: int) -> int:
     return pieces(side, size) * size - side
 
 
-def settled(x: Tensor) -> Tensor:
-    """x, or of unknown sides a copy: whether it is contiguous would decide which graph is made."""
-    return x.clone(memory_format=torch.contiguous_format) if unknown(*x.shape) else x
+def copied_if_unknown(x: Tensor) -> Tensor:
+    """x (B, ...), or a contiguous copy where a size other than the batch's is unknown.
+
+    Whether a view is contiguous would otherwise decide which graph is made.
+    """
+    return x.clone(memory_format=torch.contiguous_format) if unknown(*x.shape[1:]) else x
 
 
 def crop(x: Tensor, top: int, H: int, left: int, W: int) -> Tensor:
     """Rows top to top + H and columns left to left + W of x (B, H', W', ...)."""
-    return settled(x[:, top : top + H, left : left + W])
+    return copied_if_unknown(x[:, top : top + H, left : left + W])

@@ -13,7 +13,7 @@ from vitzoo.ops._dispatch import Backend, Operator
 from vitzoo.ops._kernels import triton_backend
 from vitzoo.ops._optional import xformers_backend
 from vitzoo.ops._products import attend_cells, products_lose, why_not_products
-from vitzoo.ops._sides import crop, overhang, pieces, settled, unknown
+from vitzoo.ops._sides import copied_if_unknown, crop, overhang, pieces, unknown
 from vitzoo.ops.attention import attention_portable, attention_reference
 
 Fill = tuple[Tensor, Tensor]
@@ -51,14 +51,14 @@ def split_windows(x: Tensor, window_size: int) -> Tensor:
     B, H, W, heads, d = x.shape
     s = window_size
     x = x.reshape(B, H // s, s, W // s, s, heads, d).transpose(2, 3)
-    return settled(x).reshape(-1, s * s, heads, d)
+    return copied_if_unknown(x).reshape(-1, s * s, heads, d)
 
 
 def join_windows(x: Tensor, window_size: int, H: int, W: int) -> Tensor:
     """The inverse of `split_windows`."""
     s = window_size
     x = x.reshape(-1, H // s, W // s, s, s, *x.shape[-2:]).transpose(2, 3)
-    return settled(x).reshape(-1, H, W, *x.shape[-2:])
+    return copied_if_unknown(x).reshape(-1, H, W, *x.shape[-2:])
 
 
 def window_attention_reference(
@@ -181,7 +181,8 @@ def _why_not_plain(
     """Why a backend that takes neither a bias nor a mask cannot serve, or None."""
     if bias is not None:
         return "it takes no bias."
-    if fill is None and (shift or q.shape[1] % window_size or q.shape[2] % window_size):
+    H, W = q.shape[1:3]
+    if fill is None and (shift or unknown(H, W) or H % window_size or W % window_size):
         return "partial windows without a fill need a mask, which it does not take."
     return None
 

@@ -30,7 +30,8 @@ Rules that make a killed run resume to the same result:
 - A training dataset is map-style where it can be (`__len__`, `__getitem__(index)`), without state.
 - Randomness comes from the global generators of `random`, `numpy` and `torch` only. The engine
   seeds them before each sample (from seed, epoch and position) and before each step (from seed,
-  step and process), so results do not depend on the number of workers either.
+  step and process), so results do not depend on the number of workers either, but for a stream,
+  which they share.
 - A sample that cannot be read raises `UnreadableSample`; the engine stops or skips as
   `data.on_error` says, and names the file.
 """
@@ -79,7 +80,8 @@ class DataOptions:
         root: folder of the data set.
         batch_size: training samples per process and step, before accumulation.
         eval_batch_size: the same for evaluation; `batch_size` if None.
-        workers: loader processes, at most one a core; 0 loads in the training process.
+        workers: loader processes; 0 loads in the training process. Of a map-style data set at most
+            one a core is started.
         on_error: at an unreadable sample, `stop` with its name, or `skip` it with a log line
             (training takes the next one instead; evaluation leaves it out and counts it).
     """
