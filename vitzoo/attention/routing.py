@@ -101,8 +101,8 @@ class BiLevelRoutingAttention(nn.Module):
         H, W = x.shape[1:3]
         (rows, height), (cols, width) = self._cut(H), self._cut(W)
         bottom, right = rows * height - H, cols * width - W
-        # Not `unknown`: regions ask for numbers anyway, and without this branch torch.compile takes
-        # three times as long.
+        # Not `unknown`: regions ask for numbers anyway, and torch.compile took longer without
+        # branches (docs/decisions.md, "Operators").
         pads = (0, 0, 0, right, 0, bottom) if symbolic(H, W) or bottom or right else None
         if pads and not self.pad_after:
             x = F.pad(x, pads)
