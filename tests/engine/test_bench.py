@@ -12,7 +12,14 @@ import torch
 
 from vitzoo.engine import bench_cases as cases
 from vitzoo.engine import bench_gpu, bench_models, bench_ops
-from vitzoo.engine.bench import Measurement, exponent, interleaved, measure_memory, ratio
+from vitzoo.engine.bench import (
+    Measurement,
+    exponent,
+    interleaved,
+    machine,
+    measure_memory,
+    ratio,
+)
 from vitzoo.engine.bench_cases import GATHERED, ODD, Case
 from vitzoo.engine.bench_checks import compare
 from vitzoo.errors import InputError
@@ -139,6 +146,13 @@ def test_models_are_judged_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         bench_models.run_sweep(sizes=[100])
     with pytest.raises(InputError, match="unknown 'vz_none'"):
         bench_models.run_models(["vz_none"])
+
+
+def test_a_processor_that_is_held_back_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MKL_ENABLE_INSTRUCTIONS", raising=False)
+    free = machine()["processor"]
+    monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "AVX2")
+    assert machine()["processor"] == f"{free}, MKL_ENABLE_INSTRUCTIONS=AVX2"
 
 
 def test_a_pass_needs_memory() -> None:

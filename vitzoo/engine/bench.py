@@ -31,6 +31,14 @@ QUIET_MALLOC = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 
+# MKL's, oneDNN's and torch's: where one is set, figures are not those of the processor at its best.
+_INSTRUCTION_SETTINGS = (
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+)
+
 
 def interleaved(
     sides: Mapping[str, Callable[[], object]],
@@ -270,11 +278,13 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
+    name = platform.processor()
     if facts := processor_facts():
-        return "{model name} (family {cpu family}, model {model})".format_map(
+        name = "{model name} (family {cpu family}, model {model})".format_map(
             defaultdict(str, facts)
         )
-    return platform.processor()
+    held = [f"{key}={os.environ[key]}" for key in _INSTRUCTION_SETTINGS if key in os.environ]
+    return ", ".join([name, *held])
 
 
 if __name__ == "__main__":
