@@ -90,3 +90,46 @@ def test_a_file_without_the_classifier_asked_for(
 def test_trainers_prefixes(prefix: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
     model = load({prefix + k: v for k, v in weights.items()}, tmp_path, num_classes=10)
     assert torch.equal(model.head.fc.weight, weights["head.fc.weight"])
+
+
+def test_the_advice_on_class_counts_keeps_the_files_classifier(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(weights, path)
+    given: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    with pytest.raises(WeightsError, match="give num_classes=10$"):
+        timm.create_model("vz_davit_tiny", **given, **NARROW)
+    model = timm.create_model("vz_davit_tiny", num_classes=10, **given, **NARROW)
+    assert torch.equal(model.head.fc.weight, weights["head.fc.weight"])
+    other = timm.create_model("vz_davit_tiny", num_classes=7, **given, **NARROW)
+    assert other.head.fc.weight.shape[0] == 7
+
+
+@pytest.mark.parametrize("build", [{"num_classes": 10}, {"num_classes": 3}, {"dense": True}])
+def test_the_first_convolution_belongs_to_the_file(
+    build: dict[str, Any], weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    first = "stem.conv.weight"
+    without = {k: v for k, v in weights.items() if k != first}
+    with pytest.raises(WeightsError, match=r"1 missing \(stem\.conv\.weight\)"):
+        load(without, tmp_path, **build)
+    with pytest.raises(WeightsError, match=r"stem\.conv\.weight is \(16, 3, 5, 5\) in the file"):
+        load(weights | {first: weights[first][:, :, :5, :5]}, tmp_path, **build)
+    grey = load(weights, tmp_path, in_chans=1, **build)
+    assert grey.stem.conv.weight.shape[1] == 1
+
+
+def test_a_detectors_file(
+    weights: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = {"dense": True, "norm_indices": (1, 2, 3)}
+    detector = timm.create_model("vz_davit_tiny", **dense, **NARROW).state_dict()
+    for build in ({"num_classes": 10}, {"num_classes": 0}, {"features_only": True}):
+        with pytest.raises(WeightsError, match="give dense=True$"):
+            load(detector, tmp_path, **build)
+    load(detector, tmp_path, **dense)
+    load(weights, tmp_path, dense=True)
+    assert "output norms" not in caplog.text
+    load(detector, tmp_path, dense=True)
+    assert "norm_indices=(1, 2, 3) gives" in caplog.text

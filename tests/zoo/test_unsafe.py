@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import io
 import json
 import os
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -21,6 +26,7 @@ from vitzoo.engine.recipe import load_recipe
 from vitzoo.engine.train import train
 from vitzoo.errors import InputError
 from vitzoo.zoo.files import check_weights
+from vitzoo.zoo.formats import read_weights
 
 NAME = "vz_nat_mini"
 
@@ -114,16 +120,71 @@ def test_resume_passes_over_a_pickle(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_arguments_of_timms_trainer_are_data(tmp_path: Path) -> None:
+def _of_a_library(patch: pytest.MonkeyPatch, name: str, base: type = object) -> type:
+    """A class that is pickled under a name of a library which is there as long as the patch."""
+    module, _, last = name.rpartition(".")
+    parts = module.split(".")
+    for i in range(len(parts)):
+        package = ".".join(parts[: i + 1])
+        patch.setitem(sys.modules, package, types.ModuleType(package))
+    found = type(last, (base,), {"__module__": module})
+    setattr(sys.modules[module], last, found)
+    return found
+
+
+def _kept(trainer: str, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What trainers of that kind write beside the weights."""
+    if trainer == "ConvNeXt's":
+        return {"optimizer": {"param_groups": [{"lr": np.float64(0.1)}]}, "curve": np.arange(3.0)}
+    if trainer == "Swin's":
+        config = _of_a_library(patch, "yacs.config.CfgNode", dict)(lr=1.0)
+        config.__dict__["__immutable__"] = True
+        return {"config": config}
+    if trainer == "hydra's":
+        config = _of_a_library(patch, "omegaconf.dictconfig.DictConfig")()
+        config.__dict__ |= {"_content": {"lr": 1.0}, "_metadata": [Any, dict]}
+        return {"args": config, "out": Path("runs"), "flags": collections.defaultdict(list, a=[1])}
+    if trainer == "mmengine's":
+        history = _of_a_library(patch, "mmengine.logging.history_buffer.HistoryBuffer")
+        buffer = history()
+        buffer.__dict__ |= {"_log": np.zeros(2), "_last": collections.deque([1], maxlen=2)}
+        return {"message_hub": {"loss": buffer}, "meta": {"best": np.float32(1)}}
+    return {"args": argparse.Namespace(lr=1.0)}
+
+
+@pytest.mark.parametrize(
+    "trainer", ["timm's", "an older torch's", "ConvNeXt's", "Swin's", "hydra's", "mmengine's"]
+)
+def test_what_trainers_keep_beside_the_weights(tmp_path: Path, trainer: str) -> None:
     narrow = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128), "num_classes": 3}
-    model = timm.create_model(NAME, num_heads=(1, 2, 4, 8), **narrow)
+    narrow |= {"num_heads": (1, 2, 4, 8)}
+    model = timm.create_model(NAME, **narrow)
     path = tmp_path / "model_best.pth.tar"
-    torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace(lr=1.0)}, path)
-    overlay = {"file": str(path), "num_classes": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        content = {"state_dict": model.state_dict()} | _kept(trainer, patch)
+        old = trainer == "an older torch's"
+        torch.save(content, path, _use_new_zipfile_serialization=not old)
     again = timm.create_model(
-        NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_heads=(1, 2, 4, 8), **narrow
+        NAME, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **narrow
     )
     assert torch.equal(again.head.fc.weight, model.head.fc.weight)
+
+
+class _CallsNumpy:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return np.save, (str(self.target), 1.0)
+
+
+def test_nothing_beside_the_weights_is_called(tmp_path: Path) -> None:
+    path = tmp_path / "net.pth"
+    torch.save({"model": {"a": torch.ones(2)}, "x": _CallsNumpy(tmp_path / "ran.npy")}, path)
+    assert list(read_weights(path)["model"]) == ["a"]
+    assert not (tmp_path / "ran.npy").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "ran.npy").exists()
 
 
 @pytest.mark.parametrize(

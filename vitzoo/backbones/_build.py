@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,14 +14,16 @@ from timm.models import build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from vitzoo.zoo.beside import read_over
 from vitzoo.zoo.errors import WeightsError
-from vitzoo.zoo.files import plain_arguments
 from vitzoo.zoo.formats import read_checked, unwrap
 from vitzoo.zoo.resolve import local_overlay
 
 __all__ = ["StateDict", "build_backbone", "name_mismatch", "rename", "unwrap"]
 
 StateDict = dict[str, Tensor]
+
+logger = logging.getLogger("vitzoo.zoo")
 
 
 def build_backbone(
@@ -51,21 +54,23 @@ def build_backbone(
     if kwargs.get("dense"):
         # Only the getter goes through forward_intermediates, where the output norms are.
         feature_cfg["feature_cls"] = "getter"
-    file = None
+    file, stated = None, False
     if pretrained:
-        cfg = resolve_pretrained_cfg(
-            name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
-        )
+        given = kwargs.pop("pretrained_cfg_overlay", None)
+        stated = "num_classes" in (given or {})
+        cfg = resolve_pretrained_cfg(name, kwargs.pop("pretrained_cfg", None), given)
         overlay = local_overlay(cfg, kwargs.get("cache_dir"))
         file = Path(overlay["file"]) if overlay else None
         kwargs["pretrained_cfg"] = dataclasses.asdict(dataclasses.replace(cfg, **(overlay or {})))
     features = bool(kwargs.get("features_only"))
-    with plain_arguments():
+    with read_over(file):
         return build_model_with_cfg(
             model_cls,
             name,
             pretrained,
-            pretrained_filter_fn=_checked(filter_fn, name, optional, file=file, features=features),
+            pretrained_filter_fn=_checked(
+                filter_fn, name, optional, file=file, features=features, stated=stated
+            ),
             # The comparison of names is the filter's; torch's would demand the optional ones.
             pretrained_strict=not (kwargs.get("dense") or optional),
             feature_cfg=feature_cfg,
@@ -80,8 +85,16 @@ def _checked(
     *,
     file: Path | None,
     features: bool,
+    stated: bool,
 ) -> Callable[[StateDict, nn.Module], StateDict]:
-    """The filter, then a comparison of names that says what does not fit."""
+    """The filter, then a comparison of names that says what does not fit.
+
+    Args:
+        filter_fn, name, optional: as for `build_backbone`.
+        file: the weights file, None if timm reads it by itself.
+        features: whether the model is wrapped by `features_only`.
+        stated: whether the caller has said how many classes the file has.
+    """
 
     def filter_and_check(state_dict: StateDict, model: nn.Module) -> StateDict:
         if file is not None and file.suffix != ".safetensors":
@@ -94,6 +107,9 @@ def _checked(
             report = _classifier_mismatch(found, model)
         if report:
             raise WeightsError(f"the file does not fit {name}: {report}")
+        if not stated and not features:
+            _keep_fitting_classifier(found, model)
+        _compare_output_norms(found, model, name)
         return found
 
     return filter_and_check
@@ -129,13 +145,46 @@ def _classifier_mismatch(state_dict: StateDict, model: nn.Module) -> str:
     return ""
 
 
+def _keep_fitting_classifier(state_dict: StateDict, model: nn.Module) -> None:
+    """Let timm keep a classifier of the model's class count, whatever the table says of the file.
+
+    timm compares the model's count with the configuration's, which knows the published files only.
+    """
+    rows = {
+        len(state_dict[key])
+        for head in _classifiers(model)
+        if (key := f"{head}.weight") in state_dict
+    }
+    if rows == {getattr(model, "num_classes", 0)}:
+        model.pretrained_cfg["num_classes"] = rows.pop()  # type: ignore[operator,index]
+
+
+def _compare_output_norms(state_dict: StateDict, model: nn.Module, name: str) -> None:
+    """Say when a detector's or segmenter's file has its output norms on other stages."""
+    own = tuple(getattr(model, "norm_indices", ()))
+    held = tuple(
+        i
+        for i, start in enumerate(_output_norms(model))
+        if any(key.startswith(start) for key in state_dict)
+    )
+    if held and held != own:
+        logger.warning(
+            "%s: the file has output norms on stages %s, the model on %s; norm_indices=%s gives "
+            "what the file was trained as",
+            name,
+            held,
+            own,
+            held,
+        )
+
+
 def name_mismatch(
     state_dict: StateDict, model: nn.Module, *, optional: tuple[str, ...] = ()
 ) -> str:
     """What is missing, unexpected or of another shape, by name; empty if the weights fit.
 
-    The classifier is left out: timm replaces it where the class counts differ. So is the first
-    convolution's shape, which timm adapts to other image channels, and BatchNorm's batch counter,
+    The classifier is left out: timm replaces it where the class counts differ. So are the first
+    convolution's channels, which timm adapts to those of the images, and BatchNorm's batch counter,
     which torch itself fills in. A dense model may lack output norms, and has no use for a
     classification file's head and final norm.
     """
@@ -148,21 +197,35 @@ def name_mismatch(
         for key, value in model.state_dict().items()
         if not key.endswith(".num_batches_tracked") or key in state_dict
     }
-    adapted = (*(f"{head}." for head in heads), f"{cfg.get('first_conv')}.")
-    without = (*adapted, *optional, *norms)
+    classifier = tuple(f"{head}." for head in heads)
+    without = (*classifier, *optional, *norms)
     missing = [key for key in own if key not in state_dict and not key.startswith(without)]
-    extra = [k for k in state_dict if k not in own and not k.startswith((*adapted, *dropped))]
+    extra = [k for k in state_dict if k not in own and not k.startswith((*classifier, *dropped))]
     parts = []
     if missing:
         parts.append(f"{len(missing)} missing ({_nearest(missing, extra)})")
     if extra:
         parts.append(f"{len(extra)} unexpected ({_nearest(extra, missing)})")
     for key, value in state_dict.items():
-        if key in own and value.shape != own[key].shape and not key.startswith(adapted):
+        if key not in own or key.startswith(classifier):
+            continue
+        kept = 1 if key == f"{cfg.get('first_conv')}.weight" and value.dim() == 4 else None
+        if _shape(value, but=kept) != _shape(own[key], but=kept):
             shapes = f"{tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model"
             parts.append(f"{key} is {shapes}")
             break
+    if parts and not norms and any(_is_output_norm(key, model) for key in extra):
+        parts.append("it is a detector's or segmenter's file: give dense=True")
     return "; ".join(parts)
+
+
+def _shape(value: Tensor, *, but: int | None) -> list[int]:
+    return [size for axis, size in enumerate(value.shape) if axis != but]
+
+
+def _is_output_norm(key: str, model: nn.Module) -> bool:
+    pattern = getattr(model, "output_norm_name", None)
+    return pattern is not None and key.startswith(tuple(f"{pattern.format(i)}." for i in range(4)))
 
 
 def _nearest(names: list[str], candidates: list[str], most: int = 3) -> str:

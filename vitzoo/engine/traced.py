@@ -16,7 +16,6 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from vitzoo._skeleton import without_memory
 from vitzoo.errors import InputError
 from vitzoo.tasks import Task
-from vitzoo.zoo.files import plain_arguments
 
 # Of a segmenter whose recipe names no size.
 _SIDE = 512
@@ -129,7 +128,7 @@ def _of_features(task: Any, shape: tuple[int, int, int], config: dict[str, Any])
     options = task.options.model
     try:
         # Nothing but timm's own wrapper knows which maps those are; this one has no weights.
-        with without_memory(), plain_arguments():
+        with without_memory():
             wrapper: Any = timm.create_model(
                 options.name, features_only=True, in_chans=options.in_chans, **options.args
             )

@@ -20,7 +20,8 @@ from torch import nn
 from vitzoo.backbones import list_models
 from vitzoo.errors import InputError
 from vitzoo.zoo import formats
-from vitzoo.zoo.files import check_weights, plain_arguments
+from vitzoo.zoo.beside import read_over
+from vitzoo.zoo.files import check_weights
 
 
 @dataclass(kw_only=True)
@@ -142,10 +143,12 @@ def create_model(options: ModelOptions, labels: Sequence[str], *, pretrained: bo
         if load and options.checkpoint is not None:
             overlay: dict[str, Any] = {"file": str(path)}
             # timm drops a head unless the file is said to have the model's class count.
-            if classes_in(path, options.name) == len(labels) and not has_other_labels(path, labels):
+            if has_other_labels(path, labels):
+                overlay["num_classes"] = 0
+            elif classes_in(path, options.name) == len(labels):
                 overlay["num_classes"] = len(labels)
             arguments["pretrained_cfg_overlay"] = overlay
-        with plain_arguments():
+        with read_over(path if load and options.checkpoint is not None else None):
             model = timm.create_model(
                 options.name,
                 pretrained=load,

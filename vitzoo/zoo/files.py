@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import pickle
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from vitzoo._paths import write_atomically
+from vitzoo.zoo.beside import read_over
 from vitzoo.zoo.errors import CorruptFileError, UnsafeFileError, WeightsError
 
 logger = logging.getLogger("vitzoo.zoo")
@@ -155,7 +155,8 @@ def check_weights(path: Path, name: str | None = None) -> None:
     """Make sure that a file holds weights and nothing that would run when it is opened.
 
     Args:
-        path: a whole safetensors file, or a pickle that holds nothing but tensors and data.
+        path: a whole safetensors file, or a pickle of tensors and of what trainers keep beside them
+            (`vitzoo.zoo.beside`).
         name: what it will be called, where it is still called otherwise.
 
     Raises:
@@ -174,7 +175,7 @@ def check_weights(path: Path, name: str | None = None) -> None:
         except SafetensorError as error:
             raise WeightsError(f"{shown} is not a whole safetensors file: {error}") from error
     try:
-        with plain_arguments():
+        with read_over(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refusal(path, shown, error) from error
@@ -196,13 +197,9 @@ def _refusal(path: Path, shown: str | Path, error: pickle.UnpicklingError) -> We
     what = f"it wants to import {found[1]}" if found else "it holds more than tensors"
     return UnsafeFileError(
         f"{shown} was refused: {what}, and opening it could run code. It was not executed. Ask "
-        "its author for a safetensors file."
+        "its author for a safetensors file; of your own model save nothing but the weights: "
+        "torch.save(model.state_dict(), FILE)."
     )
-
-
-def plain_arguments() -> Any:
-    """Context in which torch reads the `argparse.Namespace` that timm's trainer stores, as data."""
-    return torch.serialization.safe_globals([argparse.Namespace])
 
 
 def wrapper_of(content: dict[str, Any]) -> str | None:

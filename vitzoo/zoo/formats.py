@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vitzoo.zoo.files import check_weights, plain_arguments, wrapper_of
+from vitzoo.zoo.beside import read_over
+from vitzoo.zoo.files import check_weights, wrapper_of
 
 # Of compiled, distributed and Lightning's models; of what holds the backbone among other parts.
 WHOLE = ("_orig_mod.", "module.", "model.")
@@ -35,7 +36,7 @@ def read_checked(path: Path) -> dict[str, Any]:
         return dict(load_file(path))
     import torch
 
-    with plain_arguments():
+    with read_over(path):
         return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
