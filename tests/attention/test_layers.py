@@ -114,6 +114,24 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_small_position_weights_survive_half_precision(dtype: torch.dtype, autocast: bool) -> None:
+    torch.manual_seed(0)
+    position, x = DepthwiseResidual(64), torch.randn(2, 32, 32, 64).to(dtype).float()
+    nn.init.normal_(position.proj.weight, std=1e-2)
+
+    def gains(out: Tensor) -> Tensor:
+        return (out * x).sum((0, 1, 2)) / (x * x).sum((0, 1, 2))
+
+    expected = gains(position(x))
+    position.to(torch.float32 if autocast else dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        found = gains(position(x if autocast else x.to(dtype)).float())
+    # Rounding of the results averages out over a channel; a tap rounded with its 1 does not.
+    assert (found - expected).abs().mean() < 1e-4
+
+
 def test_add_mlp_takes_large_maps_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, mlp, drop = make_half_block()
     monkeypatch.setattr(layers, "_LARGE_HIDDEN_BYTES", 4 * 24 * 30)

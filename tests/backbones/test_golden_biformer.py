@@ -14,6 +14,7 @@ from tests.golden_cases import GoldenCase, load_case, pretrained
 from vitzoo.attention.choices import record_choices
 from vitzoo.attention.routing import AttentionLePE, BiLevelRoutingAttention
 from vitzoo.backbones.biformer import checkpoint_filter_fn
+from vitzoo.zoo.errors import WeightsError
 
 DENSE = "biformer_tiny_dense_256x192"
 BLOCKS = ["topk1", "topk_all", "region_of_one_token", "auto_pad", "soft_avgpool_qkdim"]
@@ -30,6 +31,13 @@ def test_authors_file_gives_the_authors_numbers(size: str, tmp_path: Path) -> No
         case.check("logits", model.forward_head(features))
     for i, x in enumerate(maps, start=1):
         case.check(f"stage{i}", x)
+
+
+@pytest.mark.parametrize(("size", "other"), [("stl", "stl_nchw"), ("stl_nchw", "stl")])
+def test_the_two_implementations_are_told_apart(size: str, other: str, tmp_path: Path) -> None:
+    file = load_case("biformer", f"biformer_{size}_224").save(tmp_path)
+    with pytest.raises(WeightsError, match=f"vz_biformer_{size}, or values_apart"):
+        pretrained(f"vz_biformer_{other}", file)
 
 
 def test_dense_version(tmp_path: Path) -> None:

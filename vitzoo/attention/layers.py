@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitzoo.ops import linear, linear_gelu
 from vitzoo.ops._dispatch import forced_backend
+from vitzoo.ops._half import computed_dtype
 from vitzoo.ops._onednn import records_gradient, why_not_apart
 from vitzoo.ops._sides import overhang, symbolic, unknown
 from vitzoo.ops.convolution import (
@@ -146,7 +147,8 @@ def _items_at_a_time(x: Tensor, mlp: Any, steps: Sequence[nn.Module]) -> int | N
 class DepthwiseResidual(nn.Module):
     """x + depthwise convolution of x on a (B, H, W, C) map: a conditional position encoding.
 
-    The identity is added to the kernel's centre tap, which saves a pass over the map.
+    In single precision and above the identity is added to the kernel's centre tap, which saves a
+    pass over the map.
     """
 
     def __init__(self, dim: int, kernel_size: int = 3, **factory: Any) -> None:
@@ -162,7 +164,9 @@ class DepthwiseResidual(nn.Module):
 
 def depthwise_residual(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """x + conv(x) for a stride-1 depthwise `conv` and x (B, H, W, C)."""
-    if not plain_convolution(conv) or forced_backend("convolution") == "reference":
+    # 1 + w keeps none of the last bits of a small w in half precision.
+    halves = computed_dtype(x).itemsize < 4
+    if halves or not plain_convolution(conv) or forced_backend("convolution") == "reference":
         return conv_channels_last(x, conv, add=x)
     centre = conv.kernel_size[0] // 2
     identity = torch.zeros_like(conv.weight)

@@ -32,6 +32,7 @@ from vitzoo.backbones._registry import ModelInfo, register
 from vitzoo.backbones._staged import Stage, StagedBackbone
 from vitzoo.zoo.entries import DataConfig, timm_configs
 from vitzoo.zoo.entries.biformer import ENTRIES
+from vitzoo.zoo.errors import WeightsError
 
 _NORM_EPS = 1e-6
 
@@ -313,6 +314,14 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     state_dict = unwrap(state_dict)
     if not any(name.startswith("downsample_layers.") for name in state_dict):
         return state_dict
+    # Both implementations have the same names and shapes here, but are different functions.
+    for layer, apart in ((".attn.wo.", False), (".attn.output_linear.", True)):
+        own = getattr(model, "values_apart", apart)
+        if own != apart and any(layer in name for name in state_dict):
+            raise WeightsError(
+                f"the file is of the authors' {'second' if apart else 'first'} implementation: "
+                f"vz_biformer_stl{'_nchw' if apart else ''}, or values_apart={apart}"
+            )
     swin_layout = "downsample_layers.0.3.weight" not in state_dict
     rules = (_SWIN_STEM_NAMES if swin_layout else _STEM_NAMES) + _BLOCK_NAMES
     return {
