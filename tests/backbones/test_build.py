@@ -10,7 +10,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from vitzoo._skeleton import without_memory
 from vitzoo.zoo.errors import WeightsError
+from vitzoo.zoo.published import all_entries
 
 NARROW: dict[str, Any] = {
     "depths": (1, 1, 1, 1),
@@ -98,7 +100,7 @@ def test_the_advice_on_class_counts_keeps_the_files_classifier(
     path = tmp_path / "weights.pth"
     torch.save(weights, path)
     given: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
-    with pytest.raises(WeightsError, match="give num_classes=10$"):
+    with pytest.raises(WeightsError, match=r"give num_classes=10$"):
         timm.create_model("vz_davit_tiny", **given, **NARROW)
     model = timm.create_model("vz_davit_tiny", num_classes=10, **given, **NARROW)
     assert torch.equal(model.head.fc.weight, weights["head.fc.weight"])
@@ -126,10 +128,28 @@ def test_a_detectors_file(
     dense = {"dense": True, "norm_indices": (1, 2, 3)}
     detector = timm.create_model("vz_davit_tiny", **dense, **NARROW).state_dict()
     for build in ({"num_classes": 10}, {"num_classes": 0}, {"features_only": True}):
-        with pytest.raises(WeightsError, match="give dense=True$"):
+        with pytest.raises(WeightsError, match=r"give dense=True$"):
             load(detector, tmp_path, **build)
     load(detector, tmp_path, **dense)
     load(weights, tmp_path, dense=True)
     assert "output norms" not in caplog.text
     load(detector, tmp_path, dense=True)
     assert "norm_indices=(1, 2, 3) gives" in caplog.text
+
+
+DENSE_TAGS = [
+    entry
+    for entry in all_entries()
+    if entry.task in ("detection", "segmentation") and entry.state != "never published"
+]
+
+
+def test_tags_of_detectors_and_segmenters_build_dense_versions() -> None:
+    built = {}
+    for entry in DENSE_TAGS:
+        with without_memory():
+            built[entry.name] = timm.create_model(entry.name)
+    assert all(model.dense for model in built.values())
+    assert built["vz_litv2_small.ziplab_fpn_ade20k"].norm_indices == (0, 1, 2, 3)
+    first = built["vz_dinat_large.shilabs_ade20k_upernet"].attention_groups()[0]
+    assert [attention.dilation for attention in first] == [1, 20, 1]

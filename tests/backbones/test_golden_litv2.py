@@ -43,8 +43,10 @@ def test_dense_version(tmp_path: Path) -> None:
     with torch.inference_mode():
         outputs = model(case.input())
         raw = pretrained("vz_litv2_small", file, dense=True, norm_indices=())(case.input())
+        tagged = pretrained("vz_litv2_small.ziplab_retinanet_coco", file)(case.input())
     assert len(outputs) == len(raw) == 4
     for i, (out, stage) in enumerate(zip(outputs, raw, strict=True)):
+        assert torch.equal(tagged[i], out)
         case.check(f"out{i}", out)
         case.check(f"stage{i}", stage)
 

@@ -77,7 +77,10 @@ def test_dilations_change_the_maps_not_the_weights() -> None:
     ("wanted", "message"),
     [
         ("cityscapes", "known: .*coco"),
-        ([[1]] * 3, "4 stages take as many patterns, got 3"),
+        ([[1]] * 3, "4 stages take as many patterns, got "),
+        (2, "4 stages take as many patterns, got 2"),
+        ([1, 8, 4, 2], "stage 0 takes 1 to 2"),
+        ([[1], [1.5], [1], [1]], "stage 1 takes"),
         ([[1, 1, 1], [1], [1], [1]], "stage 0 takes 1 to 2"),
         ([[1], [0], [1], [1]], "stage 1 takes"),
         ([[1], [], [1], [1]], "stage 1 takes"),

@@ -80,13 +80,15 @@ def test_a_phase_trains_its_parts_only(phase: str | None) -> None:
         assert parameter.requires_grad == (predictor if ".mask_predictor." in name else body)
 
 
-def test_reconstruction_runs_dense_in_train_mode_only() -> None:
+def test_reconstruction_keeps_all_tokens_and_is_dense_in_train_mode() -> None:
     model = small(**PRUNING)
     x = images(112, 112)
+    unpruned = small()
+    unpruned.load_state_dict(model.state_dict())
     with torch.no_grad():
-        sparse = model(x)
+        assert not torch.allclose(model(x), unpruned(x), atol=1e-2)
         model.set_phase("attn_recon")
-        assert torch.equal(model(x), sparse)
+        assert torch.equal(model(x), unpruned(x))
         details = model.train().forward_details(x)
         assert_close(model(x), details.logits)
     assert details.live is None

@@ -133,7 +133,8 @@ class SparseAttention(nn.Module):
             mask[:, :, 0, -1] = True
             k, v = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (k, v))
             # Not math.log, which would fix an unknown size in the graph. None removed gives -inf.
-            logit = torch.scalar_tensor(removed, dtype=torch.float32, device=q.device).log()
+            exact = torch.promote_types(q.dtype, torch.float32)
+            logit = torch.scalar_tensor(removed, dtype=exact, device=q.device).log()
             bias = torch.cat([q.new_zeros(n + 1), logit[None].to(q.dtype)])
         out = self._project(attention(q, k, v, bias=bias, mask=mask))
         if keep is None:

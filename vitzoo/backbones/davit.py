@@ -32,7 +32,7 @@ from vitzoo.attention import (
 from vitzoo.backbones._build import StateDict, build_backbone, rename, unwrap
 from vitzoo.backbones._registry import ModelInfo, register
 from vitzoo.backbones._staged import Stage, StagedBackbone
-from vitzoo.zoo.entries import DataConfig, timm_configs
+from vitzoo.zoo.entries import DataConfig, tag_arguments, timm_configs
 from vitzoo.zoo.entries.davit import ENTRIES
 
 _NORM_EPS = 1e-5
@@ -317,6 +317,8 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     variant = VARIANTS[name]
+    arguments = variant.arguments()
+    arguments |= tag_arguments(ENTRIES, name, kwargs.get("pretrained_cfg"))
     return build_backbone(
         DaViT,
         name,
@@ -324,7 +326,7 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         checkpoint_filter_fn,
         # The towers' files hold no head norm.
         optional=("head.norm.",) if variant.florence else (),
-        **{**variant.arguments(), **kwargs},
+        **(arguments | kwargs),
     )
 
 

@@ -34,7 +34,7 @@ from vitzoo.attention.neighborhood import NeighborhoodAttention
 from vitzoo.backbones._build import StateDict, build_backbone, rename, unwrap
 from vitzoo.backbones._registry import ModelInfo, register
 from vitzoo.backbones._staged import Stage, StagedBackbone
-from vitzoo.zoo.entries import DataConfig, timm_configs
+from vitzoo.zoo.entries import DataConfig, tag_arguments, timm_configs
 from vitzoo.zoo.entries.nat import ENTRIES
 
 NORM_EPS = 1e-5
@@ -143,6 +143,8 @@ DILATIONS: dict[str, Dilations] = {
     "coco": ((1, 28), (1, 7, 1, 14), _DENSE_MIDDLE, (1, 3)),
     "ade20k": ((1, 16), (1, 4, 1, 8), _ADE20K_MIDDLE, (1, 2)),
     "ade20k_640": ((1, 20), (1, 5, 1, 10), _ADE20K_640_MIDDLE, (1, 2)),
+    # Of DiNAT-L with kernels of 11, on all three tasks.
+    "mask2former": ((1, 14, 1), (1, 4, 1, 7), (*(1, 2, 1, 3) * 4, 1, 3), (1,)),
 }
 # DiNAT_s has two blocks in the second stage, where DiNAT has four.
 SWIN_DILATIONS: dict[str, Dilations] = {
@@ -155,6 +157,16 @@ SWIN_DILATIONS: dict[str, Dilations] = {
 def _fit(dilations: Dilations, depths: Sequence[int]) -> Dilations:
     """A table's patterns for stages that may be fewer or shorter."""
     return [tuple(pattern[:depth]) for pattern, depth in zip(dilations, depths, strict=False)]
+
+
+def _lists(given: Any) -> bool:
+    return isinstance(given, Sequence)
+
+
+def _is_pattern(given: Any, most: int) -> bool:
+    return (
+        _lists(given) and 1 <= len(given) <= most and all(type(d) is int and d > 0 for d in given)
+    )
 
 
 class DilatedBackbone(StagedBackbone):
@@ -191,11 +203,11 @@ class DilatedBackbone(StagedBackbone):
         Args:
             dilations: one pattern per stage, repeated along the stage's blocks, or the name of a
                 table: `built` (the constructor's) and, where the authors published them, `coco`,
-                `ade20k` (512 pixels) and `ade20k_640`.
+                `ade20k` (512 pixels), `ade20k_640` and `mask2former`.
 
         Raises:
             ValueError: unknown name, a pattern missing or longer than its stage, or a dilation
-                below 1.
+                that is no whole number from 1 up.
         """
         stages = self.attention_groups()
         if isinstance(dilations, str):
@@ -203,10 +215,10 @@ class DilatedBackbone(StagedBackbone):
                 known = ", ".join(self.dilation_tables) or "none"
                 raise ValueError(f"no dilation table {dilations!r} for this model; known: {known}")
             dilations = _fit(self.dilation_tables[dilations], [len(stage) for stage in stages])
-        if len(dilations) != len(stages):
-            raise ValueError(f"{len(stages)} stages take as many patterns, got {len(dilations)}")
+        if not _lists(dilations) or len(dilations) != len(stages):
+            raise ValueError(f"{len(stages)} stages take as many patterns, got {dilations}")
         for i, (pattern, modules) in enumerate(zip(dilations, stages, strict=True)):
-            if not 1 <= len(pattern) <= len(modules) or min(pattern) < 1:
+            if not _is_pattern(pattern, len(modules)):
                 raise ValueError(
                     f"stage {i} takes 1 to {len(modules)} dilations from 1 up, got {pattern}"
                 )
@@ -533,7 +545,8 @@ def _next_stage(match: re.Match[str]) -> str:
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     variant = VARIANTS[name]
-    arguments = variant.arguments() | kwargs
+    arguments = variant.arguments()
+    arguments |= tag_arguments(ENTRIES, name, kwargs.get("pretrained_cfg")) | kwargs
     if variant.isotropic:
         arguments.setdefault("out_indices", (-1,))
     return build_backbone(

@@ -273,7 +273,8 @@ class Sparsifiner(nn.Module):
         """Prepare for a phase of the authors' training, or for plain use (None).
 
         Sets which parameters require gradients (`PHASES`), and in `attn_recon` makes train mode
-        dense, so that the predictor learns to reconstruct the body's own attention.
+        dense, so that the predictor learns to reconstruct the body's own attention; no token leaves
+        then, in evaluation neither.
 
         Raises:
             ValueError: no such phase.
@@ -302,8 +303,8 @@ class Sparsifiner(nn.Module):
         return self.pos_drop(tokens), grid, resize
 
     def _pruning_blocks(self) -> dict[int, float]:
-        """Block -> share of the patch tokens it leaves; reconstruction runs on all of them."""
-        return {} if self.training and self.phase == "attn_recon" else self.token_keep_rates
+        """Block -> share of the patch tokens it leaves; in `attn_recon` all stay, as theirs do."""
+        return {} if self.phase == "attn_recon" else self.token_keep_rates
 
     def _keep(self, block: int, left: int, patches: int) -> int | None:
         """Patch tokens that a block leaves of `left`, None if it prunes none."""

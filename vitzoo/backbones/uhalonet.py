@@ -31,7 +31,7 @@ from vitzoo.attention.halo import MaskedHaloAttention, RelativeTables
 from vitzoo.backbones._build import StateDict, build_backbone, rename, unwrap
 from vitzoo.backbones._registry import ModelInfo, register
 from vitzoo.backbones._staged import Stage, StagedBackbone
-from vitzoo.zoo.entries import DataConfig, timm_configs
+from vitzoo.zoo.entries import DataConfig, tag_arguments, timm_configs
 from vitzoo.zoo.entries.uhalonet import ENTRIES
 
 _NORM_EPS = 1e-6
@@ -307,8 +307,9 @@ def _resize_table(table: Tensor, rows: int) -> Tensor:
 
 
 def _build(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    arguments = {**VARIANTS[name].arguments(), **kwargs}
-    return build_backbone(UHaloNet, name, pretrained, checkpoint_filter_fn, **arguments)
+    arguments = VARIANTS[name].arguments()
+    arguments |= tag_arguments(ENTRIES, name, kwargs.get("pretrained_cfg"))
+    return build_backbone(UHaloNet, name, pretrained, checkpoint_filter_fn, **(arguments | kwargs))
 
 
 for _name, _variant in VARIANTS.items():

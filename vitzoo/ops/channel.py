@@ -127,16 +127,20 @@ def folded_channel_attention(
         (B, N, C).
     """
     B, N, C = x.shape
-    (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias) = projections
-    mean = x.mean(1)
-    # Around the mean the sums are smaller, and so is what rounding takes from them.
-    centred = x - mean[:, None]
-    spread = centred.transpose(1, 2) @ centred
-    logits = q_weight.unflatten(0, (heads, -1)) @ _per_head(F.linear(spread, k_weight), heads)
-    q_mean, k_mean = F.linear(mean, q_weight, q_bias), F.linear(mean, k_weight, k_bias)
     d = C // heads
+    queries, keys, (v_weight, v_bias) = projections
+    mean = x.mean(1)
+    # Around the mean the sums are smaller, and so is what rounding takes from them. What follows
+    # subtracts large numbers, but has few: it is taken in double precision.
+    centred = x - mean[:, None]
+    spread, mean = (centred.transpose(1, 2) @ centred).double(), mean.double()
+    q_weight, q_bias = (parameter.double() for parameter in queries)
+    k_weight, k_bias = (parameter.double() for parameter in keys)
+    logits = q_weight.unflatten(0, (heads, d)) @ _per_head(F.linear(spread, k_weight), heads)
+    q_mean, k_mean = F.linear(mean, q_weight, q_bias), F.linear(mean, k_weight, k_bias)
     logits += N * q_mean.view(B, heads, d, 1) * k_mean.view(B, heads, 1, d)
-    weights = (logits * (d if axis_scale == "head_dim" else N) ** -0.5).softmax(-1)
+    scale = (d if axis_scale == "head_dim" else N) ** -0.5
+    weights = (logits * scale).softmax(-1).to(x.dtype)
     mixed = (weights @ v_weight.unflatten(0, (heads, d))).flatten(1, 2)
     mixed_bias = (weights @ v_bias.view(heads, d, 1)).flatten(1)
     bias = F.linear(mixed_bias, out_weight, out_bias)

@@ -100,7 +100,8 @@ class DataConfig:
     def of(self, entry: WeightEntry) -> dict[str, Any]:
         """timm's configuration of published weights."""
         cfg = self.without_weights() | {
-            "num_classes": entry.num_classes,
+            # The backbone of a detector or segmenter has no classifier, whatever its head counts.
+            "num_classes": entry.num_classes if entry.task == "classification" else 0,
             "input_size": entry.input_size,
             "pool_size": _pool_size(entry.input_size, self.reduction),
             "crop_pct": entry.crop_pct,
@@ -131,16 +132,22 @@ def timm_configs(
 
     Args:
         configs: variant name -> how its images are prepared.
-        entries: the family's weights; the first of a variant is its default.
+        entries: the family's weights; the first classifier of a variant is its default. Files that
+            were never published get no configuration.
     """
     found: dict[str, dict[str, Any]] = {}
-    entries = [entry for entry in entries if entry.task == "classification"]
+    entries = [
+        entry
+        for entry in entries
+        if entry.task == "classification" or entry.state != "never published"
+    ]
     for name, config in configs.items():
         mine = [entry for entry in entries if entry.model == name]
-        if not mine:
+        default = next((entry for entry in mine if entry.task == "classification"), None)
+        if default is None:
             found[name] = config.without_weights()
-        for i, entry in enumerate(mine):
-            found[entry.name + ("" if i else "*")] = config.of(entry)
+        for entry in mine:
+            found[entry.name + ("*" if entry is default else "")] = config.of(entry)
     return found
 
 

@@ -52,6 +52,7 @@ def _dense(size: str, head: str, task: Task, notes: str, **figures: float) -> We
         input_size=(3, 512, 512) if task == "segmentation" else (3, 800, 1333),
         published=tuple(figures.items()),
         strict=False,
+        arguments=(("dense", True),),
         notes=f"{notes} The file is linked from the origin's tables, on a host for browsers.",
     )
 

@@ -73,6 +73,12 @@ def _dense_file(model: str, folder: str, head: str) -> dict[str, Any]:
     return {"sources": (f"{_NAT.replace('CLS', folder)}{model}_{head}.pth",)}
 
 
+def _dense_arguments(model: str, table: str) -> tuple[tuple[str, Any], ...]:
+    """NAT is not dilated."""
+    dense = (("dense", True),)
+    return dense if model.startswith("nat_") else (*dense, ("dilations", table))
+
+
 def _detection(model: str, head: str, figures: tuple[float, float]) -> WeightEntry:
     file = _dense_file(model, "DET", head.replace("_", ""))
     notes = " ".join(("3x schedule.", file.pop("notes", ""))).strip()
@@ -88,6 +94,7 @@ def _detection(model: str, head: str, figures: tuple[float, float]) -> WeightEnt
         input_size=(3, 800, 1333),
         published=(("box_ap", figures[0]), ("mask_ap", figures[1])),
         strict=False,
+        arguments=_dense_arguments(model, "coco"),
         notes=notes,
         **file,
     )
@@ -107,6 +114,7 @@ def _segmentation(model: str, figures: tuple[float, float]) -> WeightEntry:
         input_size=(3, side, side),
         published=(("miou", figures[0]), ("miou_ms", figures[1])),
         strict=False,
+        arguments=_dense_arguments(model, "ade20k_640" if side == 640 else "ade20k"),
         **_dense_file(model, "SEG", "upernet"),
     )
 

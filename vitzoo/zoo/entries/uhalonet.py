@@ -27,6 +27,7 @@ def _pair(size: str, top1: float, box_ap: float, mask_ap: float) -> tuple[Weight
         num_classes=80,
         published=(("box_ap", box_ap), ("mask_ap", mask_ap)),
         strict=False,
+        arguments=(("dense", True),),
         notes="Mask R-CNN with FPN, 1x schedule; the backbone is the dense version.",
     )
     return classifier, detector
