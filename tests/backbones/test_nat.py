@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tests.golden_cases import pretrained
 from vitzoo._skeleton import without_memory
 from vitzoo.attention.neighborhood import NeighborhoodAttention
+from vitzoo.backbones._build import rename
 from vitzoo.backbones.nat import checkpoint_filter_fn
 
 NARROW = {"embed_dims": (32, 32, 64, 64), "num_heads": (1, 1, 2, 2), "num_classes": 3}
@@ -167,3 +172,54 @@ def test_tables_of_bias_are_not_decayed_and_start_small() -> None:
     model = timm.create_model("vz_nat_mini", depths=(1, 1, 1, 1), **NARROW)
     assert model.no_weight_decay() == {f"stages.{i}.blocks.0.attn.rpb" for i in range(4)}
     assert 0 < model.stages[3].blocks[0].attn.rpb.std() < 0.03
+
+
+def transformers_names(state_dict: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Our state dict as transformers' `NatForImageClassification` or `Dinat...` has it."""
+    rules = (
+        (r"^head\.fc\.", "classifier."),
+        (r"^norm\.", f"{family}.layernorm."),
+        (r"^stem\.conv1\.", f"{family}.embeddings.patch_embeddings.projection.0."),
+        (r"^stem\.conv2\.", f"{family}.embeddings.patch_embeddings.projection.1."),
+        (r"^stem\.norm\.", f"{family}.embeddings.norm."),
+        (r"^stages\.(\d+)\.blocks\.(\d+)\.", rf"{family}.encoder.levels.\1.layers.\2."),
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+        (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.attn\.", ".attention.self."),
+    )
+    found = {}
+    for name, value in rename(state_dict, rules).items():
+        if moved := re.match(r"stages\.(\d+)\.downsample\.(.*)", name):
+            level = f"{family}.encoder.levels.{int(moved[1]) - 1}"
+            found[f"{level}.downsample.{moved[2]}"] = value
+        elif ".self.qkv." in name:
+            for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                found[name.replace(".qkv.", f".{part}.")] = third.clone()
+        elif name.endswith(".ls1.gamma"):
+            both = torch.stack([value, _second_scale(state_dict, name)])
+            found[name.replace("ls1.gamma", "layer_scale_parameters")] = both
+        elif not name.endswith(".ls2.gamma"):
+            found[name] = value
+    return found
+
+
+def _second_scale(state_dict: dict[str, Tensor], name: str) -> Tensor:
+    stage, block = re.search(r"levels\.(\d+)\.layers\.(\d+)\.", name).groups()
+    return state_dict[f"stages.{stage}.blocks.{block}.ls2.gamma"]
+
+
+@pytest.mark.parametrize("family", ["nat", "dinat"])
+def test_transformers_files(family: str, tmp_path: Path) -> None:
+    narrow = {"depths": (1, 2, 1, 1), "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)}
+    name = f"vz_{family}_base"
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **narrow).eval()
+    for key, value in model.named_parameters():
+        nn.init.normal_(value, mean=float(key.endswith("gamma")), std=0.1)
+    torch.save(transformers_names(model.state_dict(), family), tmp_path / "pytorch_model.bin")
+    again = pretrained(name, tmp_path / "pytorch_model.bin", num_classes=10, **narrow)
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key

@@ -528,9 +528,48 @@ _AUTHORS_NAMES = (
 )
 
 
+# transformers/models/{nat,dinat}/modeling_{nat,dinat}.py, up to its version 4; the authors' hub
+# repositories hold such files.
+_TRANSFORMERS_NAMES = (
+    (r"^(?:nat|dinat)\.", ""),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^encoder\.levels\.(\d+)\.layers\.", r"levels.\1.blocks."),
+    (r"^encoder\.levels\.", "levels."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.self\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+)
+
+
+def _from_transformers(state_dict: StateDict) -> StateDict:
+    """Names of Hugging Face's transformers -> the authors'; other files as they are."""
+    if not any(".attention.self.query." in name for name in state_dict):
+        return state_dict
+    found: StateDict = {}
+    state_dict = rename(state_dict, _TRANSFORMERS_NAMES)
+    for name, value in state_dict.items():
+        if name.endswith(".layer_scale_parameters"):
+            block = name.removesuffix("layer_scale_parameters")
+            found |= {f"{block}gamma1": value[0], f"{block}gamma2": value[1]}
+        elif ".attn.query." in name:
+            parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+            # Of a torn file the shape will say that something is missing.
+            joined = torch.cat([state_dict[part] for part in parts if part in state_dict])
+            found[name.replace(".query.", ".qkv.")] = joined
+        elif ".attn.key." not in name and ".attn.value." not in name:
+            found[name] = value
+    return found
+
+
 def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Authors' names -> ours; bias tables of another kernel size are interpolated."""
-    state_dict = unwrap(state_dict)
+    """Authors' or transformers' names -> ours; tables of another kernel size are interpolated."""
+    state_dict = _from_transformers(unwrap(state_dict))
     # A level ends with the downsampling to the next; here a stage starts with it.
     moved = {
         re.sub(r"^(?:levels|layers)\.(\d+)\.downsample\.", _next_stage, name): value

@@ -8,13 +8,18 @@ _ORIGIN = "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer"
 _NAT = "https://shi-labs.com/projects/nat/checkpoints/CLS/"
 _DINAT = "https://shi-labs.com/projects/dinat/checkpoints/"
 _TWO_NAMES = "The authors' tables link this file without the `in` of `in1k`, their code with it."
+# The same weights under the names of transformers' classes.
+_ON_THE_HUB = {
+    model: (f"hf-hub:shi-labs/{model.replace('_', '-')}-in1k-224",)
+    for model in ("nat_mini", "nat_base", "dinat_mini", "dinat_tiny", "dinat_small", "dinat_base")
+}
 
 
 def _entry(model: str, top1: float | None, source: str, **facts: Any) -> WeightEntry:
     plain_nat = model.startswith("nat_") and "iso" not in model
     return WeightEntry(
         model=f"vz_{model}",
-        sources=(source,),
+        sources=(source, *_ON_THE_HUB.get(model, ())),
         licence="mit",
         origin=_ORIGIN,
         paper="2204.07143" if plain_nat else "2209.15001",
