@@ -108,6 +108,22 @@ def test_the_advice_on_class_counts_keeps_the_files_classifier(
     assert other.head.fc.weight.shape[0] == 7
 
 
+def test_half_a_classifier_is_none(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    given: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    torch.save({k: v for k, v in weights.items() if k != "head.fc.bias"}, path)
+    model = timm.create_model("vz_davit_tiny", num_classes=10, **given, **NARROW)
+    assert not torch.equal(model.head.fc.weight, weights["head.fc.weight"])
+    small = {"embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 10}
+    name = "vz_sparsifiner_lvvit_small"
+    whole = timm.create_model(name, **small).state_dict()
+    torch.save(whole, path)
+    both = timm.create_model(name, **given, **small)
+    assert torch.equal(both.aux_head.weight, whole["aux_head.weight"])
+    torch.save({k: v for k, v in whole.items() if not k.startswith("aux_head.")}, path)
+    assert timm.create_model(name, **given, **small).num_classes == 10
+
+
 @pytest.mark.parametrize("build", [{"num_classes": 10}, {"num_classes": 3}, {"dense": True}])
 def test_the_first_convolution_belongs_to_the_file(
     build: dict[str, Any], weights: dict[str, Tensor], tmp_path: Path
@@ -132,6 +148,8 @@ def test_a_detectors_file(
             load(detector, tmp_path, **build)
     load(detector, tmp_path, **dense)
     load(weights, tmp_path, dense=True)
+    assert "output norms" not in caplog.text
+    load(detector, tmp_path, dense=True, norm_indices=(2,))
     assert "output norms" not in caplog.text
     load(detector, tmp_path, dense=True)
     assert "norm_indices=(1, 2, 3) gives" in caplog.text

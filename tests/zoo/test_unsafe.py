@@ -11,6 +11,7 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from vitzoo.cli import run
 from vitzoo.engine.recipe import load_recipe
 from vitzoo.engine.train import train
 from vitzoo.errors import InputError
+from vitzoo.zoo.beside import read_over
+from vitzoo.zoo.errors import WeightsError
 from vitzoo.zoo.files import check_weights
 from vitzoo.zoo.formats import read_weights
 
@@ -135,7 +138,7 @@ def _of_a_library(patch: pytest.MonkeyPatch, name: str, base: type = object) -> 
 def _kept(trainer: str, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What trainers of that kind write beside the weights."""
     if trainer == "ConvNeXt's":
-        return {"optimizer": {"param_groups": [{"lr": np.float64(0.1)}]}, "curve": np.arange(3.0)}
+        return {"optimizer": {"param_groups": [{"lr": np.float64(0.1)}]}}
     if trainer == "Swin's":
         config = _of_a_library(patch, "yacs.config.CfgNode", dict)(lr=1.0)
         config.__dict__["__immutable__"] = True
@@ -153,21 +156,50 @@ def _kept(trainer: str, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "trainer", ["timm's", "an older torch's", "ConvNeXt's", "Swin's", "hydra's", "mmengine's"]
+    ("trainer", "zipped"),
+    [
+        *(
+            (trainer, True)
+            for trainer in ("timm's", "ConvNeXt's", "Swin's", "hydra's", "mmengine's")
+        ),
+        # The format before PyTorch 1.6.
+        *((trainer, False) for trainer in ("timm's", "ConvNeXt's", "Swin's")),
+    ],
 )
-def test_what_trainers_keep_beside_the_weights(tmp_path: Path, trainer: str) -> None:
+def test_what_trainers_keep_beside_the_weights(
+    tmp_path: Path, trainer: str, *, zipped: bool
+) -> None:
     narrow = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 128), "num_classes": 3}
     narrow |= {"num_heads": (1, 2, 4, 8)}
     model = timm.create_model(NAME, **narrow)
     path = tmp_path / "model_best.pth.tar"
     with pytest.MonkeyPatch.context() as patch:
         content = {"state_dict": model.state_dict()} | _kept(trainer, patch)
-        old = trainer == "an older torch's"
-        torch.save(content, path, _use_new_zipfile_serialization=not old)
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
     again = timm.create_model(
         NAME, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **narrow
     )
     assert torch.equal(again.head.fc.weight, model.head.fc.weight)
+
+
+def test_readers_do_not_take_each_others_names(tmp_path: Path) -> None:
+    path = tmp_path / "net.pth"
+    torch.save({"model": {"a": torch.ones(2)}, "args": argparse.Namespace()}, path)
+    before = set(torch.serialization.get_safe_globals())
+    with read_over(path):
+        read_weights(path)
+        torch.load(path, weights_only=True)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: read_weights(path), range(40)))
+    assert len(found) == 40
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_arrays_are_no_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "net.pth"
+    torch.save({"model": {"a": np.ones(2)}}, path)
+    with pytest.raises(WeightsError, match=r"a \(foreign object\)"):
+        read_weights(path)
 
 
 class _CallsNumpy:

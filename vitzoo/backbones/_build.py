@@ -56,9 +56,13 @@ def build_backbone(
         feature_cfg["feature_cls"] = "getter"
     file, stated = None, False
     if pretrained:
-        given = kwargs.pop("pretrained_cfg_overlay", None)
-        stated = "num_classes" in (given or {})
-        cfg = resolve_pretrained_cfg(name, kwargs.pop("pretrained_cfg", None), given)
+        config, given = (
+            kwargs.pop("pretrained_cfg", None),
+            kwargs.pop("pretrained_cfg_overlay", None),
+        )
+        # A tag stands for the table's entry; a whole configuration is the caller's word.
+        stated = not isinstance(config, str | None) or "num_classes" in (given or {})
+        cfg = resolve_pretrained_cfg(name, config, given)
         overlay = local_overlay(cfg, kwargs.get("cache_dir"))
         file = Path(overlay["file"]) if overlay else None
         kwargs["pretrained_cfg"] = dataclasses.asdict(dataclasses.replace(cfg, **(overlay or {})))
@@ -69,7 +73,13 @@ def build_backbone(
             name,
             pretrained,
             pretrained_filter_fn=_checked(
-                filter_fn, name, optional, file=file, features=features, stated=stated
+                filter_fn,
+                name,
+                optional,
+                file=file,
+                features=features,
+                stated=stated,
+                norms_chosen="norm_indices" in kwargs,
             ),
             # The comparison of names is the filter's; torch's would demand the optional ones.
             pretrained_strict=not (kwargs.get("dense") or optional),
@@ -86,6 +96,7 @@ def _checked(
     file: Path | None,
     features: bool,
     stated: bool,
+    norms_chosen: bool,
 ) -> Callable[[StateDict, nn.Module], StateDict]:
     """The filter, then a comparison of names that says what does not fit.
 
@@ -94,6 +105,7 @@ def _checked(
         file: the weights file, None if timm reads it by itself.
         features: whether the model is wrapped by `features_only`.
         stated: whether the caller has said how many classes the file has.
+        norms_chosen: whether the caller has said which stages have an output norm.
     """
 
     def filter_and_check(state_dict: StateDict, model: nn.Module) -> StateDict:
@@ -109,7 +121,7 @@ def _checked(
             raise WeightsError(f"the file does not fit {name}: {report}")
         if not stated and not features:
             _keep_fitting_classifier(found, model)
-        _compare_output_norms(found, model, name)
+        _compare_output_norms(found, model, name, chosen=norms_chosen)
         return found
 
     return filter_and_check
@@ -122,8 +134,12 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
 
 def _output_norms(model: nn.Module) -> tuple[str, ...]:
     """Starts of the names of a dense model's output norms, those it goes without included."""
+    return _possible_output_norms(model) if getattr(model, "dense", False) else ()
+
+
+def _possible_output_norms(model: nn.Module) -> tuple[str, ...]:
     pattern = getattr(model, "output_norm_name", None)
-    if pattern is None or not getattr(model, "dense", False):
+    if pattern is None:
         return ()
     count = len(model.feature_info)  # type: ignore[arg-type]
     return tuple(f"{pattern.format(i)}." for i in range(count))
@@ -146,35 +162,35 @@ def _classifier_mismatch(state_dict: StateDict, model: nn.Module) -> str:
 
 
 def _keep_fitting_classifier(state_dict: StateDict, model: nn.Module) -> None:
-    """Let timm keep a classifier of the model's class count, whatever the table says of the file.
+    """Let timm keep a whole classifier that fits, whatever the table says of the file.
 
-    timm compares the model's count with the configuration's, which knows the published files only.
+    timm compares the model's class count with the configuration's, which knows the published files.
     """
-    rows = {
-        len(state_dict[key])
-        for head in _classifiers(model)
-        if (key := f"{head}.weight") in state_dict
+    heads = tuple(f"{head}." for head in _classifiers(model))
+    own = {
+        key: value for key, value in model.state_dict().items() if heads and key.startswith(heads)
     }
-    if rows == {getattr(model, "num_classes", 0)}:
-        model.pretrained_cfg["num_classes"] = rows.pop()  # type: ignore[operator,index]
+    if own and all(k in state_dict and state_dict[k].shape == v.shape for k, v in own.items()):
+        config: Any = model.pretrained_cfg
+        config["num_classes"] = model.num_classes
 
 
-def _compare_output_norms(state_dict: StateDict, model: nn.Module, name: str) -> None:
+def _compare_output_norms(
+    state_dict: StateDict, model: nn.Module, name: str, *, chosen: bool
+) -> None:
     """Say when a detector's or segmenter's file has its output norms on other stages."""
-    own = tuple(getattr(model, "norm_indices", ()))
-    held = tuple(
-        i
-        for i, start in enumerate(_output_norms(model))
-        if any(key.startswith(start) for key in state_dict)
-    )
-    if held and held != own:
+    own = set(getattr(model, "norm_indices", ()))
+    starts = enumerate(_output_norms(model))
+    held = {i for i, start in starts if any(key.startswith(start) for key in state_dict)}
+    # Whoever names fewer stages wants the others raw.
+    if held and (own - held or (held - own and not chosen)):
         logger.warning(
             "%s: the file has output norms on stages %s, the model on %s; norm_indices=%s gives "
             "what the file was trained as",
             name,
-            held,
-            own,
-            held,
+            sorted(held),
+            sorted(own),
+            tuple(sorted(held)),
         )
 
 
@@ -214,18 +230,14 @@ def name_mismatch(
             shapes = f"{tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model"
             parts.append(f"{key} is {shapes}")
             break
-    if parts and not norms and any(_is_output_norm(key, model) for key in extra):
+    possible = () if norms else _possible_output_norms(model)
+    if parts and possible and any(key.startswith(possible) for key in extra):
         parts.append("it is a detector's or segmenter's file: give dense=True")
     return "; ".join(parts)
 
 
 def _shape(value: Tensor, *, but: int | None) -> list[int]:
     return [size for axis, size in enumerate(value.shape) if axis != but]
-
-
-def _is_output_norm(key: str, model: nn.Module) -> bool:
-    pattern = getattr(model, "output_norm_name", None)
-    return pattern is not None and key.startswith(tuple(f"{pattern.format(i)}." for i in range(4)))
 
 
 def _nearest(names: list[str], candidates: list[str], most: int = 3) -> str:

@@ -315,13 +315,13 @@ def checkpoint_filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
     if not any(name.startswith("downsample_layers.") for name in state_dict):
         return state_dict
     # Both implementations have the same names and shapes here, but are different functions.
-    for layer, apart in ((".attn.wo.", False), (".attn.output_linear.", True)):
-        own = getattr(model, "values_apart", apart)
-        if own != apart and any(layer in name for name in state_dict):
-            raise WeightsError(
-                f"the file is of the authors' {'second' if apart else 'first'} implementation: "
-                f"vz_biformer_stl{'_nchw' if apart else ''}, or values_apart={apart}"
-            )
+    second = any(".attn.output_linear." in name for name in state_dict)
+    first = any(".attn.wo." in name for name in state_dict)
+    if (second or first) and getattr(model, "values_apart", second) != second:
+        raise WeightsError(
+            f"the file is of the authors' {'second' if second else 'first'} implementation: build "
+            f"the model with values_apart={second} (vz_biformer_stl{'_nchw' * second} is)"
+        )
     swin_layout = "downsample_layers.0.3.weight" not in state_dict
     rules = (_SWIN_STEM_NAMES if swin_layout else _STEM_NAMES) + _BLOCK_NAMES
     return {

@@ -9,6 +9,7 @@ the dense version, `detection/` and `segmentation/`.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -159,14 +160,13 @@ def _fit(dilations: Dilations, depths: Sequence[int]) -> Dilations:
     return [tuple(pattern[:depth]) for pattern, depth in zip(dilations, depths, strict=False)]
 
 
-def _lists(given: Any) -> bool:
-    return isinstance(given, Sequence)
-
-
-def _is_pattern(given: Any, most: int) -> bool:
-    return (
-        _lists(given) and 1 <= len(given) <= most and all(type(d) is int and d > 0 for d in given)
-    )
+def _as_pattern(given: Any, most: int) -> tuple[int, ...] | None:
+    """The dilations as plain numbers; None if they are none for a stage of `most` blocks."""
+    try:
+        found = tuple(operator.index(dilation) for dilation in given)
+    except TypeError:
+        return None
+    return found if 1 <= len(found) <= most and min(found) >= 1 else None
 
 
 class DilatedBackbone(StagedBackbone):
@@ -215,14 +215,18 @@ class DilatedBackbone(StagedBackbone):
                 known = ", ".join(self.dilation_tables) or "none"
                 raise ValueError(f"no dilation table {dilations!r} for this model; known: {known}")
             dilations = _fit(self.dilation_tables[dilations], [len(stage) for stage in stages])
-        if not _lists(dilations) or len(dilations) != len(stages):
-            raise ValueError(f"{len(stages)} stages take as many patterns, got {dilations}")
-        for i, (pattern, modules) in enumerate(zip(dilations, stages, strict=True)):
-            if not _is_pattern(pattern, len(modules)):
+        if not hasattr(dilations, "__len__") or len(dilations) != len(stages):
+            raise ValueError(f"{len(stages)} stages take a list of dilations each, got {dilations}")
+        patterns = []
+        for i, (given, modules) in enumerate(zip(dilations, stages, strict=True)):
+            pattern = _as_pattern(given, len(modules))
+            if pattern is None:
+                most = len(modules)
                 raise ValueError(
-                    f"stage {i} takes 1 to {len(modules)} dilations from 1 up, got {pattern}"
+                    f"stage {i} takes a list of 1 to {most} dilations from 1 up, got {given}"
                 )
-        for pattern, modules in zip(dilations, stages, strict=True):
+            patterns.append(pattern)
+        for pattern, modules in zip(patterns, stages, strict=True):
             for module, dilation in zip(modules, cycle(pattern), strict=False):
                 module.dilation = dilation
 

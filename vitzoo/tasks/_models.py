@@ -142,7 +142,7 @@ def create_model(options: ModelOptions, labels: Sequence[str], *, pretrained: bo
     try:
         if load and options.checkpoint is not None:
             overlay: dict[str, Any] = {"file": str(path)}
-            # timm drops a head unless the file is said to have the model's class count.
+            # timm keeps a head if the file is said to have the model's class count.
             if has_other_labels(path, labels):
                 overlay["num_classes"] = 0
             elif classes_in(path, options.name) == len(labels):
@@ -160,6 +160,10 @@ def create_model(options: ModelOptions, labels: Sequence[str], *, pretrained: bo
         raise
     except (TypeError, ValueError, RuntimeError, OSError, KeyError) as error:
         raise _explain(error, options, load=load) from error
+    if getattr(model, "dense", False):
+        raise InputError(
+            f"{options.name} is a backbone for detectors and segmenters: it has no classifier"
+        )
     if options.grad_checkpointing:
         recompute_activations(model)
     if options.compile:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vitzoo._paths import write_atomically
-from vitzoo.zoo.beside import read_over
+from vitzoo.zoo.beside import Unread, read_over
 from vitzoo.zoo.errors import CorruptFileError, UnsafeFileError, WeightsError
 
 logger = logging.getLogger("vitzoo.zoo")
@@ -212,10 +212,14 @@ def _check_names(path: str | Path, content: Any) -> None:
     while isinstance(content, dict) and (wrapper := wrapper_of(content)):
         content = content[wrapper]
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not named weights")
+        raise WeightsError(f"{path} holds a {_kind(content)}, not named weights")
     strangers = [key for key in content if not isinstance(key, str)]
     if strangers:
         raise WeightsError(f"{path} holds no named weights: one of its keys is {strangers[0]!r}")
     if not any(isinstance(value, torch.Tensor) for value in content.values()):
-        entries = ", ".join(f"{k} ({type(v).__name__})" for k, v in list(content.items())[:3])
+        entries = ", ".join(f"{k} ({_kind(v)})" for k, v in list(content.items())[:3])
         raise WeightsError(f"{path} holds no named weights: its entries are {entries or 'none'}")
+
+
+def _kind(value: Any) -> str:
+    return "foreign object" if isinstance(value, Unread) else type(value).__name__
