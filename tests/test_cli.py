@@ -96,8 +96,6 @@ def test_names_that_do_not_exist(
     assert "no weights 'nobody_in1k'" in refused(capsys, "eval", "vz_davit_tiny.nobody_in1k")
     assert "did you mean" in refused(capsys, "info", "vz_davit_tinny")
     assert "No such command" in refused(capsys, "trian")
-    dense = "model.name=vz_davit_tiny.msft_ade20k_upernet"
-    assert "has no classifier" in refused(capsys, "train", recipe, dense, f"run.folder={tmp_path}")
     said = refused(capsys, "train", recipe, "optim.name=adamww", f"run.folder={tmp_path}")
     assert "unknown optimiser" in said
 

@@ -15,7 +15,7 @@ import vitzoo
 from tests.engine.narrow import NARROW
 from vitzoo.engine.recipe import load_recipe, merge, recipe_names
 from vitzoo.errors import InputError
-from vitzoo.tasks._models import known_name
+from vitzoo.tasks._models import ModelOptions, create_model, known_name
 from vitzoo.tasks.classification import ClassificationTask
 from vitzoo.tasks.contract import UnreadableSample
 from vitzoo.tasks.fashion_mnist import fashion_mnist_root
@@ -188,3 +188,9 @@ def test_images_in_memory_of_every_kind(tmp_path: Path) -> None:
         image_of(tmp_path)
     with pytest.raises(InputError, match="not <class 'int'>"):
         image_of(3)
+
+
+def test_a_detectors_backbone_is_no_classifier() -> None:
+    options = ModelOptions(name="vz_uhalonet_micro.opengvlab_coco_mask_rcnn")
+    with pytest.raises(InputError, match="it has no classifier"):
+        create_model(options, ["cat", "dog"], pretrained=False)
