@@ -7,6 +7,7 @@ import difflib
 import logging
 import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,8 @@ def build_backbone(
         feature_cfg["feature_cls"] = "getter"
     file, stated = None, False
     if pretrained:
-        config, given = (
-            kwargs.pop("pretrained_cfg", None),
-            kwargs.pop("pretrained_cfg_overlay", None),
-        )
+        config = kwargs.pop("pretrained_cfg", None)
+        given = kwargs.pop("pretrained_cfg_overlay", None)
         # A tag stands for the table's entry; a whole configuration is the caller's word.
         stated = not isinstance(config, str | None) or "num_classes" in (given or {})
         cfg = resolve_pretrained_cfg(name, config, given)
@@ -67,7 +66,7 @@ def build_backbone(
         file = Path(overlay["file"]) if overlay else None
         kwargs["pretrained_cfg"] = dataclasses.asdict(dataclasses.replace(cfg, **(overlay or {})))
     features = bool(kwargs.get("features_only"))
-    with read_over(file):
+    with read_over(file) if pretrained else nullcontext():
         return build_model_with_cfg(
             model_cls,
             name,

@@ -531,7 +531,6 @@ _AUTHORS_NAMES = (
     (r"^layers\.(\d+)\.", r"stages.\1.blocks.0."),
 )
 
-
 # transformers/models/{nat,dinat}/modeling_{nat,dinat}.py, up to its version 4; the authors' hub
 # repositories hold such files.
 _TRANSFORMERS_NAMES = (

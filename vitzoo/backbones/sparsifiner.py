@@ -303,7 +303,7 @@ class Sparsifiner(nn.Module):
         return self.pos_drop(tokens), grid, resize
 
     def _pruning_blocks(self) -> dict[int, float]:
-        """Block -> share of the patch tokens it leaves; in `attn_recon` all stay, as theirs do."""
+        """Block -> share of the patch tokens it leaves; the authors' `attn_recon` prunes none."""
         return {} if self.phase == "attn_recon" else self.token_keep_rates
 
     def _keep(self, block: int, left: int, patches: int) -> int | None:
