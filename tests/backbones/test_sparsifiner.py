@@ -61,6 +61,12 @@ def test_removed_tokens_equal_masked_tokens(size: tuple[int, int], keep_rate: fl
     assert torch.equal(pruned, model.norm.bias.expand_as(pruned))
 
 
+def test_removed_tokens_are_exact_in_float64() -> None:
+    model, x = small(**PRUNING).double(), images(112, 112).double()
+    with torch.no_grad():
+        assert_close(model(x), model.forward_details(x).logits, 1e-12)
+
+
 def test_removed_tokens_train_like_masked_tokens() -> None:
     model = small(**PRUNING).train()
     x = images(112, 112)

@@ -135,12 +135,13 @@ def create_model(options: ModelOptions, labels: Sequence[str], *, pretrained: bo
     load = pretrained and (options.pretrained or options.checkpoint is not None)
     if pretrained and not load:
         _warn_of_unused_weights(options.name)
+    path = None
     if load and options.checkpoint is not None:
         path = Path(options.checkpoint).expanduser()
         if not path.is_file():
             raise InputError(f"model.checkpoint={options.checkpoint} is no file")
     try:
-        if load and options.checkpoint is not None:
+        if path is not None:
             overlay: dict[str, Any] = {"file": str(path)}
             # timm keeps a head if the file is said to have the model's class count.
             if has_other_labels(path, labels):
@@ -148,7 +149,7 @@ def create_model(options: ModelOptions, labels: Sequence[str], *, pretrained: bo
             elif classes_in(path, options.name) == len(labels):
                 overlay["num_classes"] = len(labels)
             arguments["pretrained_cfg_overlay"] = overlay
-        with read_over(path if load and options.checkpoint is not None else None):
+        with read_over(path):
             model = timm.create_model(
                 options.name,
                 pretrained=load,
